@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Teaches the embedded model a cat that it has never seen and draws a sheet of pictures before and after.
+# Arguments are added to the training command.
+source "$(dirname "$0")/../tools/environment.sh" requirements.txt
+# glibc would return every large buffer to the system and ask for it again at the next step
+export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
+export HF_HUB_OFFLINE=1
+
+echo "The training command:"
+(
+    set -x
+    accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+        train_custom_diffusion.py \
+        --pretrained_model_name_or_path assets/model \
+        --instance_data_dir assets/instance/cat --instance_prompt "photo of a <new1> cat" --modifier_token "<new1>" \
+        --with_prior_preservation --real_prior --class_data_dir assets/regularization/cat --class_prompt cat \
+        --resolution 128 --train_batch_size 4 --learning_rate 1e-3 --max_train_steps 300 --hflip \
+        --validation_prompt "photo of a <new1> cat on the beach" --validation_steps 100 --num_validation_images 4 \
+        --output_dir results/quickstart "$@"
+)
+python examples/before_after.py --pretrained_model_name_or_path assets/model --weights_dir results/quickstart \
+    --instance_data_dir assets/instance/cat --modifier_token "<new1>" --class_prompt cat \
+    --output results/quickstart/before_after.png
+echo "Look at results/quickstart/before_after.png"

@@ -1,0 +1,1272 @@
+#!/usr/bin/env python3
+"""Custom Diffusion: teach a text-to-image diffusion model a new concept from a handful of pictures.
+
+Trains the key and value projections of the UNet's cross-attention and one new word embedding per concept
+(Kumari et al., "Multi-Concept Customization of Text-to-Image Diffusion", CVPR 2023).
+
+    accelerate launch train_custom_diffusion.py --pretrained_model_name_or_path=MODEL \\
+        --instance_data_dir=pictures/of/my/cat --instance_prompt="photo of a <new1> cat" --modifier_token="<new1>" \\
+        --with_prior_preservation --class_data_dir=class_pictures/cat --class_prompt=cat --max_train_steps=250
+
+From a notebook: `from train_custom_diffusion import main, parse_args; main(parse_args([...]))`.
+"""
+
+import argparse
+import functools
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import shlex
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+WEIGHTS_NAME = "pytorch_custom_diffusion_weights"
+TRAINING_STATE_NAME = "training_state.pt"
+DEFAULT_INITIALIZERS = "ktn+pll+ucd"
+VALIDATION_INFERENCE_STEPS = 25
+FAR_PREFIXES, CLOSE_PREFIXES = ("a far away ", "very small "), ("zoomed in ", "close up ")
+
+
+# ---------- Arguments -------------------------------------------------------------------------------------------
+
+
+def fail(subject, problem):
+    """Ends the run with one line on stderr and exit status 1: what (a flag, a file) is wrong, and what to do."""
+    raise SystemExit(f"error: {subject}: {problem}")
+
+
+def first_line(error):
+    """One line that says what an exception is about."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def boolean(text):
+    """Value of a flag that works bare and as `--flag=True` or `--flag=False`."""
+    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return text.lower() in ("true", "1", "yes")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Argument parser whose errors are one line on stderr; exit status 2."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def parse_args(input_args=None):
+    """Reads the command line, or the list of strings `input_args`, into a checked `argparse.Namespace`."""
+    parser = OneLineParser(
+        description="Teach a text-to-image diffusion model a new concept with Custom Diffusion.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    flag = {"type": boolean, "nargs": "?", "const": True, "default": False}
+    schedules = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+    trackers = ("tensorboard", "wandb", "comet_ml", "all", "none")
+
+    # fmt: off
+    add = parser.add_argument_group("model").add_argument
+    add("--pretrained_model_name_or_path", required=True, help="Stable Diffusion in diffusers format: hub id or folder")
+    add("--revision", help="revision of the model on the hub")
+    add("--variant", help="variant of the weight files, such as fp16")
+    add("--tokenizer_name", help="another tokenizer than the model's: hub id or folder")
+
+    add = parser.add_argument_group("concept").add_argument
+    add("--instance_data_dir", help="folder with 3 to 20 pictures of the concept")
+    add("--instance_prompt", help='their prompt, with the modifier token: "photo of a <new1> cat"')
+    add("--class_data_dir", help="folder of class (regularization) pictures; generated ones are put there")
+    add("--class_prompt", help='the class: "cat"')
+    add("--concepts_list", help="JSON list of objects with the four keys above, for several concepts")
+    add("--modifier_token", help='new word; "+" between several: "<new1>+<new2>"')
+    add("--initializer_token", default=DEFAULT_INITIALIZERS, help="words whose embeddings the new ones start from")
+    add("--freeze_model", default="crossattn_kv", choices=("crossattn_kv", "crossattn"),
+        help="crossattn_kv trains to_k and to_v of the cross-attention; crossattn also to_q and to_out")
+
+    add = parser.add_argument_group("prior preservation").add_argument
+    add("--with_prior_preservation", **flag, help="add the loss on class pictures, so that the class is kept")
+    add("--prior_loss_weight", type=float, default=1.0, help="weight of that loss")
+    add("--num_class_images", type=int, default=200, help="class pictures per concept; missing ones are generated")
+    add("--real_prior", **flag, help="class pictures are real ones, fetched by retrieve.py")
+    add("--prior_generation_precision", choices=("no", "fp32", "fp16", "bf16"), help="fp16 on a GPU, else fp32")
+    add("--sample_batch_size", type=int, default=4, help="batch for generating class pictures, per device")
+
+    add = parser.add_argument_group("pictures").add_argument
+    add("--resolution", type=int, default=512, help="picture size in pixels")
+    add("--center_crop", **flag, help="cut pictures to a centred square first")
+    add("--hflip", **flag, help="mirror half of the pictures")
+    add("--noaug", **flag, help="no scale augmentation of the instance pictures")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--train_batch_size", type=int, default=4, help="instance pictures per device and micro-batch")
+    add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches per optimizer step")
+    add("--num_train_epochs", type=int, default=1, help="an epoch is max(instance pictures, class pictures) long")
+    add("--max_train_steps", type=int, help="optimizer steps; wins over --num_train_epochs")
+    add("--seed", type=int, default=42, help="every random draw follows from it")
+    add("--dataloader_num_workers", type=int, default=2, help="processes that prepare pictures; 0: the main one")
+    add("--local_rank", type=int, default=-1, help="set by launchers")
+
+    add = parser.add_argument_group("optimizer").add_argument
+    add("--learning_rate", type=float, default=1e-5, help="AdamW's learning rate")
+    add("--scale_lr", **flag, help="times accumulation x batch x processes, and x 2 with prior preservation")
+    add("--lr_scheduler", default="constant", choices=schedules, help="diffusers' schedule of the learning rate")
+    add("--lr_warmup_steps", type=int, default=500, help="optimizer steps of warm-up (constant has none)")
+    add("--adam_beta1", type=float, default=0.9, help="AdamW's first beta")
+    add("--adam_beta2", type=float, default=0.999, help="AdamW's second beta")
+    add("--adam_weight_decay", type=float, default=1e-2, help="AdamW's weight decay")
+    add("--adam_epsilon", type=float, default=1e-8, help="AdamW's epsilon")
+    add("--use_8bit_adam", **flag, help="bitsandbytes' 8-bit AdamW (GPU)")
+    add("--max_grad_norm", type=float, default=1.0, help="gradient clipping over everything trained")
+
+    add = parser.add_argument_group("precision and memory").add_argument
+    add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: accelerate's configuration")
+    add("--allow_tf32", **flag, help="TF32 matrix products on Ampere and later GPUs")
+    add("--gradient_checkpointing", **flag, help="recompute activations: less memory, slower")
+    add("--enable_xformers_memory_efficient_attention", **flag, help="attention by xformers (GPU)")
+    add("--set_grads_to_none", **flag, help="free gradients between steps instead of zeroing them")
+
+    add = parser.add_argument_group("output and tracking").add_argument
+    add("--output_dir", default="custom-diffusion-model", help="folder of everything that the run leaves")
+    add("--logging_dir", default="logs", help="tensorboard's folder, inside output_dir")
+    add("--report_to", default="tensorboard", choices=trackers, help="tracker of loss and validation pictures")
+    add("--no_safe_serialization", **flag, help="write only .bin files, no .safetensors")
+
+    add = parser.add_argument_group("validation").add_argument
+    add("--validation_prompt", help='prompt of the validation pictures: "<new1> cat sitting in a bucket"')
+    add("--num_validation_images", type=int, default=2, help="pictures per validation")
+    add("--validation_steps", type=int, default=50, help="optimizer steps between validations")
+
+    add = parser.add_argument_group("checkpoints").add_argument
+    add("--checkpointing_steps", type=int, default=250, help="optimizer steps between checkpoints")
+    add("--checkpoints_total_limit", type=int, help="keep only so many of the newest")
+    add("--resume_from_checkpoint", help='a checkpoint\'s path, its name in output_dir, or "latest"')
+
+    add = parser.add_argument_group("hub").add_argument
+    add("--push_to_hub", **flag, help="upload the result to the Hugging Face hub")
+    add("--hub_token", help="token for the upload; better: `hf auth login`")
+    add("--hub_model_id", help="repository; default: the output folder's name")
+    # fmt: on
+
+    args = parser.parse_args(input_args)
+    message = find_contradiction(args)
+    if message:
+        parser.error(message)
+    if args.local_rank != -1:
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    return args
+
+
+def modifier_tokens(args):
+    """New words of --modifier_token, in order; empty list for none."""
+    return args.modifier_token.split("+") if args.modifier_token else []
+
+
+def find_contradiction(args):
+    """First thing that is wrong with the arguments by themselves, as a message; None if nothing is."""
+    for name in ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps",
+                 "sample_batch_size", "num_class_images", "num_validation_images", "validation_steps",
+                 "checkpointing_steps", "checkpoints_total_limit", "resolution"):  # fmt: skip
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            return f"--{name} is {value}: give 1 or more"
+    for name in ("learning_rate", "lr_warmup_steps", "adam_weight_decay", "adam_epsilon", "max_grad_norm",
+                 "prior_loss_weight", "dataloader_num_workers", "seed"):  # fmt: skip
+        value = getattr(args, name)
+        if not (value >= 0 and math.isfinite(value)):
+            return f"--{name} is {value}: give 0 or more"
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(args, name) < 1:
+            return f"--{name} is {getattr(args, name)}: give a number from 0 up to, but not including, 1"
+    if not args.concepts_list:
+        needed = ["instance_data_dir", "instance_prompt"]
+        needed += ["class_data_dir", "class_prompt"] if args.with_prior_preservation else []
+        for name in needed:
+            if not getattr(args, name):
+                return f"--{name} is missing: give it, or --concepts_list"
+    if args.real_prior and not args.with_prior_preservation:
+        return "--real_prior needs --with_prior_preservation: add it, or leave out --real_prior"
+    if args.hub_token and args.report_to in ("wandb", "all"):
+        return "--hub_token with --report_to wandb would hand the token to a tracker: use `hf auth login` instead"
+    tokens, initializers = modifier_tokens(args), args.initializer_token.split("+")
+    for token in tokens:
+        if not token.strip() or "/" in token or token != token.strip():
+            return f"--modifier_token {args.modifier_token!r}: {token!r} is no word; give for example '<new1>+<new2>'"
+        if tokens.count(token) > 1:
+            return f"--modifier_token {args.modifier_token!r}: {token!r} is used twice; give each concept its own"
+    if len(initializers) < len(tokens):
+        return f"--initializer_token has {len(initializers)} words for {len(tokens)} modifier tokens: give one for each"
+    return None
+
+
+# ---------- Concepts and pictures -------------------------------------------------------------------------------
+
+
+@dataclass
+class Concept:
+    """One concept: its instance prompt and pictures, its class and the class pictures with their captions."""
+
+    instance_prompt: str
+    instance_pictures: list
+    class_prompt: str
+    class_data_dir: Path
+    class_pictures: list = field(default_factory=list)
+    class_captions: list = field(default_factory=list)
+
+
+def read_concepts(args):
+    """Reads and checks all that needs no model: concepts, prompts, every picture. Returns a list of `Concept`."""
+    check_environment(args)
+    entries = read_concepts_list(args) if args.concepts_list else [vars(args)]
+    concepts = []
+    for entry in entries:
+        pictures = find_pictures(Path(entry["instance_data_dir"]), "instance_data_dir")
+        class_prompt, class_data_dir = entry.get("class_prompt"), Path(entry.get("class_data_dir") or "")
+        concepts.append(Concept(entry["instance_prompt"], pictures, class_prompt, class_data_dir))
+        if args.with_prior_preservation:
+            read_class_pictures(concepts[-1], args)
+        if not pictures:
+            fail(f"instance_data_dir {entry['instance_data_dir']}", "no pictures in it; put 3 to 20 there")
+        for picture in pictures + concepts[-1].class_pictures:
+            check_picture(picture)
+
+    tokens = modifier_tokens(args)
+    for concept in concepts:
+        if tokens and not any(token in concept.instance_prompt for token in tokens):
+            fail(f"instance_prompt {concept.instance_prompt!r}", f"no modifier token in it; add one of {tokens}")
+    for token in tokens:
+        if not any(token in concept.instance_prompt for concept in concepts):
+            fail("--modifier_token", f"{token!r} is in no instance_prompt, so it would learn nothing; use or drop it")
+    return concepts
+
+
+def check_environment(args):
+    """Fails if a package that a flag asks for is not installed, or output_dir can't be written."""
+    wanted = {args.report_to: "--report_to"} if args.report_to in ("tensorboard", "wandb", "comet_ml") else {}
+    if args.enable_xformers_memory_efficient_attention:
+        wanted["xformers"] = "--enable_xformers_memory_efficient_attention"
+    if args.use_8bit_adam:
+        wanted["bitsandbytes"] = "--use_8bit_adam"
+    for package, name in wanted.items():
+        if importlib.util.find_spec(package) is None:
+            fail(name, f"the package {package} is not installed; `pip install {package}`, or change the flag")
+    folder = Path(args.output_dir)
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        fail(
+            f"--output_dir {folder}", f"{existing} is {'not writable' if existing.is_dir() else 'a file'}; give another"
+        )
+
+
+def read_concepts_list(args):
+    """Reads --concepts_list into a list of dicts and checks its form."""
+    subject = f"--concepts_list {args.concepts_list}"
+    try:
+        entries = json.loads(Path(args.concepts_list).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        fail(subject, f"no JSON at line {error.lineno}, column {error.colno}: {error.msg}; mend it")
+    except (OSError, ValueError) as error:
+        fail(subject, f"{getattr(error, 'strerror', None) or 'not UTF-8 text'}; give a JSON file")
+    if not isinstance(entries, list) or not entries:
+        fail(subject, "not a list of concepts; give [{...}, ...]")
+    needed = ["instance_prompt", "instance_data_dir"]
+    needed += ["class_prompt", "class_data_dir"] if args.with_prior_preservation else []
+    for number, entry in enumerate(entries, start=1):
+        for key in needed:
+            if not isinstance(entry, dict) or not isinstance(entry.get(key), str) or not entry[key]:
+                fail(subject, f"concept {number} has no text for the key {key!r}; add it")
+    return entries
+
+
+def find_pictures(folder, name):
+    """Picture files of `folder` by their ending, sorted by name; hidden files and folders are left out."""
+    try:
+        files = sorted(folder.iterdir())
+    except OSError as error:
+        fail(f"{name} {folder}", f"{error.strerror}; give a folder of pictures")
+    endings = Image.registered_extensions()
+    return [f for f in files if f.suffix.lower() in endings and not f.name.startswith(".") and not f.is_dir()]
+
+
+def read_class_pictures(concept, args):
+    """Fills in the concept's class pictures and captions: retrieve.py's three files, or a plain folder.
+
+    Without --real_prior the folder may be missing or short: `generate_class_pictures` fills it up.
+    """
+    folder, pictures, captions = concept.class_data_dir, [], []
+    if args.real_prior and (folder / "images.txt").is_file() and (folder / "caption.txt").is_file():
+        names, captions = (read_lines(folder / name) for name in ("images.txt", "caption.txt"))
+        if len(names) != len(captions):
+            counts = f"{len(names)} lines in images.txt, {len(captions)} in caption.txt"
+            fail(f"class_data_dir {folder}", f"{counts}; each picture needs one caption: run retrieve.py again")
+        pictures = [locate_class_picture(folder, name) for name in names]
+    elif folder.exists():
+        pictures = find_pictures(folder, "class_data_dir")
+        captions = [concept.class_prompt] * len(pictures)
+    if args.real_prior and not pictures:
+        command = f"python retrieve.py --class_prompt {shlex.quote(concept.class_prompt)}"
+        command += f" --class_data_dir {shlex.quote(str(folder))} --num_class_images {args.num_class_images}"
+        fail(f"class_data_dir {folder}", f"no real class pictures in it; run: {command}")
+    concept.class_pictures, concept.class_captions = (
+        pictures[: args.num_class_images],
+        captions[: args.num_class_images],
+    )
+
+
+def read_lines(file):
+    """Lines of a text file, as divided by newlines alone."""
+    return file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+
+
+def locate_class_picture(folder, name):
+    """File that a line of images.txt means: absolute, or relative to the working folder, or to class_data_dir."""
+    for candidate in (Path(name), folder / name):
+        if candidate.is_file():
+            return candidate
+    fail(f"class_data_dir {folder}", f"images.txt names {name}, which is not there; run retrieve.py again")
+
+
+@functools.cache
+def check_picture(file):
+    """Fails with the picture's name if it can't be decoded. Cached, so that each is decoded once for this."""
+    try:
+        load_picture(file)
+    except Exception as error:  # Pillow's decoders raise many kinds
+        fail(file, f"not a readable picture ({first_line(error)}); mend or remove it")
+
+
+def load_picture(file):
+    """Decodes a picture to RGB: EXIF orientation applied, alpha composited on white, 16 bits scaled to 8."""
+    with Image.open(file) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
+        if image.has_transparency_data:
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
+        return image.convert("RGB")
+
+
+def resize(image, side, longer):
+    """Resizes so that the longer (or else the shorter) side is `side` pixels; keeps the aspect ratio."""
+    reference = max(image.size) if longer else min(image.size)
+    size = [max(1, round(length * side / reference)) for length in image.size]
+    return image.resize(size, Image.Resampling.BILINEAR)
+
+
+def draw_scale(size, rng):
+    """Scale in pixels of an instance picture: 66 % uniform in [size/3, size], else in [1.2 size, 1.4 size)."""
+    if rng.random() < 0.66:
+        return int(rng.integers(size // 3, size + 1))
+    return int(rng.integers(int(1.2 * size), int(1.4 * size)))
+
+
+def place_instance(image, scale, size, factor, rng):
+    """Puts an instance picture at `scale` pixels on a size x size canvas, or cuts a window out of it.
+
+    Returns pixels (size, size, 3) in [-1, 1], 0 where empty, and the loss mask (size/factor, size/factor): 1 strictly
+    inside the picture (everywhere if it is a window), never empty; both float32.
+    """
+    mask = np.zeros((size // factor, size // factor), np.float32)
+    if scale > size:
+        mask[:] = 1
+        return random_crop(resize(image, scale, longer=False), size, rng), mask
+    image = resize(image, scale, longer=True)
+    width, height = image.size
+    left, top = int(rng.integers(size - width + 1)), int(rng.integers(size - height + 1))
+    pixels = np.zeros((size, size, 3), np.float32)
+    pixels[top : top + height, left : left + width] = to_pixels(image)
+    mask[inner_cells(top, height, factor), inner_cells(left, width, factor)] = 1
+    return pixels, mask
+
+
+def inner_cells(start, length, factor):
+    """Latent cells strictly inside [start, start + length) pixels, or the one at its centre if there is none."""
+    first, last = start // factor + 1, (start + length) // factor - 1
+    centre = (start + length // 2) // factor
+    return slice(first, last) if first < last else slice(centre, centre + 1)
+
+
+def random_crop(image, size, rng):
+    """Random size x size window of an image as (size, size, 3) float32 in [-1, 1]."""
+    left, top = (int(rng.integers(length - size + 1)) for length in image.size)
+    return to_pixels(image.crop((left, top, left + size, top + size)))
+
+
+def to_pixels(image):
+    """RGB image to an array (height, width, 3) float32 in [-1, 1]."""
+    return np.asarray(image, np.float32) / 127.5 - 1
+
+
+class Draws:
+    """Endless sequence of training draws; draw n depends on (seed, n) alone, whoever makes it.
+
+    A draw holds everything random about one sample pair: which pictures, their augmentation, the sample of the VAE's
+    posterior, the noise and the timestep. The training step itself draws nothing, so processes, workers,
+    accumulation and resuming cannot change a result.
+    """
+
+    def __init__(self, concepts, args, input_ids, latent_shape, num_train_timesteps):
+        self.instances = [(file, c.instance_prompt) for c in concepts for file in c.instance_pictures]
+        self.classes = [pair for c in concepts for pair in zip(c.class_pictures, c.class_captions, strict=True)]
+        self.args, self.input_ids = args, input_ids
+        self.latent_shape, self.num_train_timesteps = latent_shape, num_train_timesteps
+        self.epoch_length = max(len(self.instances), len(self.classes))
+
+    def __getitem__(self, draw):
+        """Samples of one draw (see `sample`): the instance's and, with prior preservation, the class's."""
+        epoch, position = divmod(draw, self.epoch_length)
+        order = np.random.default_rng((self.args.seed, 0, epoch)).permutation(self.epoch_length)
+        index, rng = int(order[position]), np.random.default_rng((self.args.seed, 1, draw))
+        samples = [self.instance_sample(*self.instances[index % len(self.instances)], rng)]
+        if self.classes:
+            samples.append(self.class_sample(*self.classes[index % len(self.classes)], rng))
+        return samples
+
+    def instance_sample(self, file, prompt, rng):
+        image, size = self.open(file, rng), self.args.resolution
+        scale = size if self.args.noaug else draw_scale(size, rng)
+        pixels, mask = place_instance(image, scale, size, size // self.latent_shape[1], rng)
+        if scale < 0.6 * size:
+            prompt = FAR_PREFIXES[rng.integers(2)] + prompt
+        elif scale > size:
+            prompt = CLOSE_PREFIXES[rng.integers(2)] + prompt
+        return self.sample(pixels, mask, prompt, rng)
+
+    def class_sample(self, file, caption, rng):
+        size = self.args.resolution
+        pixels = random_crop(resize(self.open(file, rng), size, longer=False), size, rng)
+        return self.sample(pixels, np.ones(self.latent_shape[1:], np.float32), caption, rng)
+
+    def open(self, file, rng):
+        image, args = load_picture(file), self.args
+        if args.hflip and rng.random() < 0.5:
+            image = ImageOps.mirror(image)
+        return ImageOps.fit(image, (min(image.size), min(image.size))) if args.center_crop else image
+
+    def sample(self, pixels, mask, prompt, rng):
+        """pixel_values (3, S, S), mask (1, h, w), input_ids (tokens,), two noises (channels, h, w), timestep."""
+        return {
+            "pixel_values": pixels.transpose(2, 0, 1),
+            "mask": mask[None],
+            "input_ids": self.input_ids[prompt],
+            "posterior_noise": rng.standard_normal(self.latent_shape, np.float32),
+            "noise": rng.standard_normal(self.latent_shape, np.float32),
+            "timesteps": rng.integers(self.num_train_timesteps),
+        }
+
+
+def collate(draws):
+    """Batch of draws to one dict of tensors: the instance samples first, then the class samples."""
+    samples = [sample for part in zip(*draws, strict=True) for sample in part]
+    return {key: torch.from_numpy(np.stack([sample[key] for sample in samples])) for key in samples[0]}
+
+
+if __name__ == "__main__":
+    ARGS = parse_args()
+    read_concepts(ARGS)  # answers what is wrong before the imports below, which take seconds
+
+# ---------- Models, tokens and attention ------------------------------------------------------------------------
+
+for variable, value in {
+    "TOKENIZERS_PARALLELISM": "false",  # the data loader forks
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DIFFUSERS_VERBOSITY": "error",
+}.items():
+    os.environ.setdefault(variable, value)
+
+# ruff: noqa: E402
+import diffusers
+import huggingface_hub
+import torch
+import torch.nn.functional as F
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.models.attention_processor import CustomDiffusionAttnProcessor2_0, CustomDiffusionXFormersAttnProcessor
+from diffusers.optimization import get_scheduler
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import AddedToken, CLIPTextModel, CLIPTokenizer
+
+diffusers.utils.logging.disable_progress_bar()
+transformers.utils.logging.disable_progress_bar()
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class ModifierEmbedding(nn.Module):
+    """Token embedding whose table is frozen and whose new rows, the modifier tokens', are the only parameter trained.
+
+    The new rows live beside the table, so that gradient masking, weight decay and Adam's state concern them alone.
+
+    Args:
+        table: the text encoder's embedding; weight (vocabulary, dim).
+        token_ids: ids of the new tokens.
+        initializer_ids: ids of the tokens whose embeddings the new rows start from.
+    """
+
+    def __init__(self, table, token_ids, initializer_ids):
+        super().__init__()
+        self.table = table
+        self.register_buffer("token_ids", torch.tensor(token_ids), persistent=False)
+        self.rows = nn.Parameter(table.weight[initializer_ids].detach().clone().float())
+
+    def forward(self, input_ids):
+        """input_ids (batch, tokens) -> embeddings (batch, tokens, dim)."""
+        matches = input_ids[..., None] == self.token_ids
+        is_new = matches.any(-1)
+        frozen = self.table(input_ids.masked_fill(is_new, 0))
+        new = F.embedding(matches.int().argmax(-1), self.rows).to(frozen.dtype)
+        return torch.where(is_new[..., None], new, frozen)
+
+
+class DenoisingModel(nn.Module):
+    """Text encoder and UNet as one module, so that DDP, accumulation, autocast and compilation see one forward."""
+
+    def __init__(self, text_encoder, unet):
+        super().__init__()
+        self.text_encoder, self.unet = text_encoder, unet
+
+    def forward(self, noisy_latents, timesteps, input_ids):
+        """(batch, channels, h, w), (batch,), (batch, tokens) -> the UNet's prediction (batch, channels, h, w)."""
+        encoder_hidden_states = self.text_encoder(input_ids)[0]
+        return self.unet(noisy_latents, timesteps, encoder_hidden_states).sample
+
+
+def load_part(args, load, part, **kwargs):
+    """Loads a part of the base model with `load`; a missing or broken one ends the run with one line."""
+    name = args.tokenizer_name if part == "tokenizer" and args.tokenizer_name else args.pretrained_model_name_or_path
+    subfolder = {} if name == args.tokenizer_name else {"subfolder": part}
+    try:
+        return load(name, revision=args.revision, **subfolder, **kwargs)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        fail(f"--pretrained_model_name_or_path {name}", f"no usable {part} ({first_line(error)})")
+
+
+def check_base_model(args):
+    """Fails if the base model is no Stable Diffusion, or the resolution does not fit its VAE."""
+    name = args.pretrained_model_name_or_path
+    subject = f"--pretrained_model_name_or_path {name}"
+    if Path(name).is_dir() and not Path(name, "model_index.json").is_file():
+        found = ", ".join(sorted(os.listdir(name))[:5]) or "nothing"
+        fail(subject, f"no model_index.json in it (found: {found}); give a model in diffusers format")
+    try:
+        class_name = StableDiffusionPipeline.load_config(name, revision=args.revision)["_class_name"]
+    except (OSError, ValueError) as error:
+        fail(subject, f"neither a model folder nor a hub id within reach ({first_line(error)})")
+    if class_name != "StableDiffusionPipeline":
+        fail(subject, f"a {class_name}; give a StableDiffusionPipeline (Stable Diffusion 1.x or 2.x)")
+    factor = vae_factor(load_part(args, AutoencoderKL.load_config, "vae"))
+    if args.resolution % factor:
+        nearest = max(factor, round(args.resolution / factor) * factor)
+        fail(
+            f"--resolution {args.resolution}", f"no multiple of {factor}, the VAE's factor; give for example {nearest}"
+        )
+
+
+def vae_factor(config):
+    """Pixels per latent cell and side."""
+    return 2 ** (len(config["block_out_channels"]) - 1)
+
+
+def load_models(args):
+    """Returns text encoder, VAE and UNet, frozen and in float32, and the noise scheduler."""
+    variant = {"variant": args.variant}
+    text_encoder = load_part(args, CLIPTextModel.from_pretrained, "text_encoder", **variant).float()
+    vae = load_part(args, AutoencoderKL.from_pretrained, "vae", **variant).float()
+    unet = load_part(args, UNet2DConditionModel.from_pretrained, "unet", **variant).float()
+    for model in (text_encoder, vae, unet):
+        model.requires_grad_(False)
+    return text_encoder, vae, unet, load_part(args, DDPMScheduler.from_pretrained, "scheduler")
+
+
+def resolve_initializer(tokenizer, word, is_default):
+    """Token id that an initializer stands for: the word's one token, or else the vocabulary's entry of that name."""
+    vocabulary, pieces = tokenizer.get_vocab(), tokenizer.tokenize(word)
+    if len(pieces) == 1 and not (is_default and word in vocabulary):
+        return vocabulary[pieces[0]]
+    if word in vocabulary:  # such as the defaults, word-internal pieces without a meaning of their own
+        return vocabulary[word]
+    fail(f"--initializer_token {word!r}", f"not one token but {pieces}; give a word that the tokenizer knows whole")
+
+
+def add_modifier_tokens(tokenizer, args):
+    """Adds the modifier tokens to the tokenizer; returns their ids and their initializers' ids."""
+    tokens, is_default = modifier_tokens(args), args.initializer_token == DEFAULT_INITIALIZERS
+    initializers = args.initializer_token.split("+")[: len(tokens)]
+    initializer_ids = [resolve_initializer(tokenizer, word, is_default) for word in initializers]
+    vocabulary = tokenizer.get_vocab()
+    for token in tokens:
+        if token in vocabulary or f"{token}</w>" in vocabulary:
+            fail(f"--modifier_token {token!r}", "already in the tokenizer's vocabulary; choose another, as '<new1>'")
+        tokenizer.add_tokens(AddedToken(token, normalized=False))  # matched as typed, capitals included
+    return tokenizer.convert_tokens_to_ids(tokens), initializer_ids
+
+
+def instance_prompts(concept, args):
+    """The concept's instance prompt as augmentation can change it."""
+    prefixes = ("",) if args.noaug else ("", *FAR_PREFIXES, *CLOSE_PREFIXES)
+    return [prefix + concept.instance_prompt for prefix in prefixes]
+
+
+def check_instance_prompts(tokenizer, concepts, token_ids, args):
+    """Fails if the tokenizer would cut an instance prompt, or does not find a modifier token in it."""
+    for concept in concepts:
+        for prompt in instance_prompts(concept, args):
+            length = len(tokenizer(prompt).input_ids)
+            if length > tokenizer.model_max_length:
+                limit = f"{length} tokens, and the text encoder reads {tokenizer.model_max_length}"
+                fail(f"instance_prompt {prompt!r}", f"{limit}; shorten it")
+        for token, token_id in zip(modifier_tokens(args), token_ids, strict=True):
+            if token in concept.instance_prompt and token_id not in tokenizer(concept.instance_prompt).input_ids:
+                fail(f"instance_prompt {concept.instance_prompt!r}", f"the tokenizer finds no {token!r}; set it apart")
+
+
+def tokenize_prompts(tokenizer, concepts, args):
+    """Every prompt that training can draw -> its token ids (tokens,) int64, padded; long captions are cut."""
+    prompts = {p for concept in concepts for p in instance_prompts(concept, args) + concept.class_captions}
+    options = {"padding": "max_length", "truncation": True, "max_length": tokenizer.model_max_length}
+    return {prompt: np.array(tokenizer(prompt, **options).input_ids, np.int64) for prompt in prompts}
+
+
+def add_attention_processors(unet, freeze_model, use_xformers):
+    """Gives every cross-attention layer (attn2) trainable projections that start as copies of its own weights.
+
+    Shapes come from the layer's weights, so any UNet2DConditionModel works. Self-attention keeps its processors.
+    """
+    train_q_out = freeze_model == "crossattn"
+    processor_class = CustomDiffusionXFormersAttnProcessor if use_xformers else CustomDiffusionAttnProcessor2_0
+    processors = dict(unet.attn_processors)
+    for name in processors:
+        if not name.endswith("attn2.processor"):
+            continue
+        attention = unet.get_submodule(name.removesuffix(".processor"))
+        hidden_size, cross_attention_dim = attention.to_k.weight.shape
+        processor = processor_class(
+            train_kv=True, train_q_out=train_q_out, hidden_size=hidden_size, cross_attention_dim=cross_attention_dim
+        )
+        own = {"to_k": attention.to_k, "to_v": attention.to_v}
+        own |= {"to_q": attention.to_q, "to_out": attention.to_out} if train_q_out else {}
+        for projection, layer in own.items():
+            getattr(processor, f"{projection}_custom_diffusion").load_state_dict(layer.state_dict())
+        processors[name] = processor
+    unet.set_attn_processor(processors)
+
+
+def attention_state_dict(unet):
+    """Trained attention weights, float32 on the CPU, with diffusers' keys: `<layer>.processor.<projection>.weight`."""
+    state = {}
+    for name, processor in unet.attn_processors.items():
+        for key, value in processor.state_dict().items() if isinstance(processor, nn.Module) else ():
+            state[f"{name}.{key}"] = value.detach().float().cpu().contiguous()
+    return state
+
+
+def embedding_state_dict(pipeline, args):
+    """The modifier tokens' embeddings in a live or a reloaded pipeline: {token: (dim,) float32 on the CPU}."""
+    tokens, embedding = modifier_tokens(args), pipeline.text_encoder.get_input_embeddings()
+    if isinstance(embedding, ModifierEmbedding):
+        rows = embedding.rows
+    else:
+        rows = embedding.weight[pipeline.tokenizer.convert_tokens_to_ids(tokens)]
+    return {token: row.detach().float().cpu().clone() for token, row in zip(tokens, rows, strict=True)}
+
+
+# ---------- Class pictures --------------------------------------------------------------------------------------
+
+
+def generate_class_pictures(args, accelerator, concepts):
+    """Fills every class folder up to num_class_images with pictures of the plain base model.
+
+    Picture i of a class has the same noise whichever process makes it, and a name of its own: processes share the
+    work, an interrupted generation goes on where it stopped, and nothing is overwritten.
+    """
+    work = []
+    for number, concept in enumerate(concepts):
+        concept.class_data_dir.mkdir(parents=True, exist_ok=True)
+        files = [concept.class_data_dir / f"generated-{i:05d}.png" for i in range(args.num_class_images)]
+        missing = [(number, i, file) for i, file in enumerate(files) if not file.exists()]
+        work += missing[: args.num_class_images - len(concept.class_pictures)]
+    accelerator.wait_for_everyone()  # all have listed the folders before anyone writes
+    if not work:
+        return
+    precision = args.prior_generation_precision or ("fp16" if accelerator.device.type == "cuda" else "fp32")
+    pipeline = base_pipeline(args, accelerator.device, DTYPES.get(precision, torch.float32))
+    share = work[accelerator.process_index :: accelerator.num_processes]
+    progress = tqdm(total=len(share), desc="class pictures", disable=not accelerator.is_main_process)
+    for start in range(0, len(share), args.sample_batch_size):
+        batch = share[start : start + args.sample_batch_size]
+        seeds = [np.random.SeedSequence((args.seed, 2, number, i)).generate_state(1) for number, i, _ in batch]
+        images = pipeline(
+            [concepts[number].class_prompt for number, _, _ in batch],
+            generator=[torch.Generator().manual_seed(int(seed[0])) for seed in seeds],
+            height=args.resolution,
+            width=args.resolution,
+        ).images
+        for image, (_, _, file) in zip(images, batch, strict=True):
+            unfinished = file.with_name(f".{file.name}")
+            image.save(unfinished, format="PNG")
+            unfinished.rename(file)
+        progress.update(len(batch))
+    progress.close()
+    del pipeline
+    if accelerator.device.type == "cuda":
+        torch.cuda.empty_cache()
+    accelerator.wait_for_everyone()
+
+
+def base_pipeline(args, device, dtype):
+    """The base model as it is on disk or on the hub, without a safety checker, quiet."""
+    tokenizer = load_part(args, CLIPTokenizer.from_pretrained, "tokenizer")
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        args.pretrained_model_name_or_path,
+        revision=args.revision,
+        variant=args.variant,
+        tokenizer=tokenizer,
+        safety_checker=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device, dtype)
+
+
+# ---------- Training --------------------------------------------------------------------------------------------
+
+
+def start_accelerator(args):
+    """The accelerator, with devices, precision and trackers set up; checks what the flags need of a GPU."""
+    folder = Path(args.output_dir)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / args.logging_dir)),
+    )
+    for name in ("enable_xformers_memory_efficient_attention", "use_8bit_adam"):
+        if getattr(args, name) and accelerator.device.type != "cuda":
+            fail(f"--{name}", "needs a CUDA GPU and there is none; leave the flag out")
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    return accelerator
+
+
+def cast_frozen(module, dtype):
+    """Casts what is not trained to `dtype`; the trained parameters stay float32."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.is_floating_point() and not tensor.requires_grad:
+            tensor.data = tensor.data.to(dtype)
+
+
+def build_optimizer(args, parameters, samples_per_step):
+    """AdamW (torch's or bitsandbytes') over what is trained, with --scale_lr applied."""
+    scale = samples_per_step * (2 if args.with_prior_preservation else 1) if args.scale_lr else 1
+    if args.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit as AdamW
+    else:
+        from torch.optim import AdamW
+    return AdamW(
+        parameters,
+        lr=args.learning_rate * scale,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+    )
+
+
+def diffusion_loss(model, vae, noise_scheduler, batch, args):
+    """Loss of one micro-batch, a scalar.
+
+    Instance part: per sample, the squared error summed over the mask divided by the mask's sum; mean over samples.
+    Prior part: plain mean of the squared error, times --prior_loss_weight. One pass through the networks for both.
+    """
+    noise, timesteps = batch["noise"], batch["timesteps"]
+    with torch.no_grad():
+        posterior = vae.encode(batch["pixel_values"].to(vae.dtype)).latent_dist
+        latents = posterior.mean.float() + posterior.std.float() * batch["posterior_noise"]
+        latents = latents * vae.config.scaling_factor
+        noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
+    prediction = model(noisy_latents, timesteps, batch["input_ids"]).float()
+    is_velocity = noise_scheduler.config.prediction_type == "v_prediction"
+    target = noise_scheduler.get_velocity(latents, noise, timesteps) if is_velocity else noise
+
+    error = F.mse_loss(prediction, target, reduction="none")
+    instances = len(error) // 2 if args.with_prior_preservation else len(error)
+    mask = batch["mask"][:instances]
+    loss = ((error[:instances] * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3))).mean()
+    if args.with_prior_preservation:
+        loss = loss + args.prior_loss_weight * error[instances:].mean()
+    return loss
+
+
+def main(args):
+    """Trains the concepts that `args` (from `parse_args`) describe and leaves the result in args.output_dir."""
+    # Setup concepts, tokens and class pictures
+    concepts = read_concepts(args)
+    accelerator = start_accelerator(args)
+    check_base_model(args)
+    tokenizer = load_part(args, CLIPTokenizer.from_pretrained, "tokenizer")
+    token_ids, initializer_ids = add_modifier_tokens(tokenizer, args)
+    check_instance_prompts(tokenizer, concepts, token_ids, args)
+    if args.with_prior_preservation and not args.real_prior:
+        generate_class_pictures(args, accelerator, concepts)
+        for concept in concepts:
+            read_class_pictures(concept, args)
+
+    # Setup models: all is frozen but the cross-attention's new projections and the embedding's new rows
+    text_encoder, vae, unet, noise_scheduler = load_models(args)
+    if token_ids:
+        table = text_encoder.get_input_embeddings()
+        text_encoder.set_input_embeddings(ModifierEmbedding(table, token_ids, initializer_ids))
+    if args.enable_xformers_memory_efficient_attention:
+        unet.enable_xformers_memory_efficient_attention()
+    add_attention_processors(unet, args.freeze_model, args.enable_xformers_memory_efficient_attention)
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+        text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
+    model = DenoisingModel(text_encoder, unet).train()
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    base_digest = digest(trained)
+    for module in (model, vae):
+        cast_frozen(module, DTYPES.get(accelerator.mixed_precision, torch.float32))
+        module.to(accelerator.device)
+
+    # Setup data, optimizer and schedule
+    samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    cells = args.resolution // vae_factor(vae.config)
+    latent_shape = (vae.config.latent_channels, cells, cells)
+    input_ids = tokenize_prompts(tokenizer, concepts, args)
+    draws = Draws(concepts, args, input_ids, latent_shape, noise_scheduler.config.num_train_timesteps)
+    max_train_steps = args.max_train_steps or args.num_train_epochs * math.ceil(draws.epoch_length / samples_per_step)
+    optimizer = build_optimizer(args, trained.values(), samples_per_step)
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_train_steps
+    )
+    pipeline = validation_pipeline(tokenizer, text_encoder, vae, unet, noise_scheduler)
+    checkpoints = Checkpoints(args, accelerator, pipeline, optimizer, lr_scheduler, base_digest)
+    step = checkpoints.resume() if args.resume_from_checkpoint else 0
+    dataloader = torch.utils.data.DataLoader(
+        draws,
+        sampler=range(step * samples_per_step, max(step, max_train_steps) * samples_per_step),
+        batch_size=args.train_batch_size,
+        num_workers=args.dataloader_num_workers,
+        collate_fn=collate,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    model, optimizer, dataloader = accelerator.prepare(model, optimizer, dataloader)
+    checkpoints.restore_scaler()
+    start_tracking(args, accelerator)
+    print_summary(accelerator, args, concepts, trained, max_train_steps, samples_per_step)
+
+    # Train: one optimizer step per gradient_accumulation_steps micro-batches
+    if step == 0:
+        validate(args, accelerator, pipeline, step)
+    progress = tqdm(total=max_train_steps, initial=step, desc="steps", disable=not accelerator.is_main_process)
+    step_loss = 0.0
+    for batch in dataloader if step < max_train_steps else ():
+        with accelerator.accumulate(model):
+            loss = diffusion_loss(model, vae, noise_scheduler, batch, args)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(trained.values(), args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=args.set_grads_to_none)
+        step_loss = step_loss + loss.detach() / args.gradient_accumulation_steps
+        if not accelerator.sync_gradients:
+            continue
+        logs = {"loss": accelerator.reduce(step_loss, "mean").item(), "lr": lr_scheduler.get_last_lr()[0]}
+        step, step_loss = step + 1, 0.0
+        if not accelerator.optimizer_step_was_skipped:
+            lr_scheduler.step()
+        progress.update()
+        progress.set_postfix(loss=f"{logs['loss']:.4f}", lr=f"{logs['lr']:.2e}")
+        accelerator.log(logs, step=step)
+        if step % args.checkpointing_steps == 0:
+            checkpoints.save(step)
+        if step % args.validation_steps == 0 and step < max_train_steps:
+            validate(args, accelerator, pipeline, step)
+    progress.close()
+
+    # Save, prove that the files load, make the final pictures from them
+    if accelerator.is_main_process:
+        save_weights(Path(args.output_dir), args, pipeline)
+        finish(args, accelerator, prove_reload(args, pipeline), step)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+# ---------- Tracking and validation -----------------------------------------------------------------------------
+
+
+def start_tracking(args, accelerator):
+    """Makes the output folder and the hub's repository and starts the trackers, which never see the hub's token."""
+    if accelerator.is_main_process:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        if args.push_to_hub:
+            create_repository(args)
+    shown = {key: value for key, value in vars(args).items() if key != "hub_token"}
+    config = {key: value if isinstance(value, (bool, int, float)) else str(value) for key, value in shown.items()}
+    accelerator.init_trackers("custom-diffusion", config, init_kwargs={"wandb": {"dir": args.output_dir}})
+
+
+def print_summary(accelerator, args, concepts, trained, max_train_steps, samples_per_step):
+    """Prints what is about to be trained, on what, and how long."""
+    attention = sum(p.numel() for name, p in trained.items() if ".attn2." in name)
+    rows = sum(p.numel() for p in trained.values()) - attention
+    accelerator.print(f"Training {attention:,} parameters of the cross-attention ({args.freeze_model})")
+    if rows:
+        accelerator.print(f"  and {rows:,} of the embeddings of {', '.join(modifier_tokens(args))}")
+    for concept in concepts:
+        counts = f"{len(concept.instance_pictures)} pictures, {len(concept.class_pictures)} class pictures"
+        accelerator.print(f"  {concept.instance_prompt!r}: {counts}")
+    work = f"{max_train_steps} steps of {samples_per_step} instance pictures"
+    accelerator.print(f"  {work} on {accelerator.num_processes} process(es), {accelerator.device.type}")
+
+
+def validation_pipeline(tokenizer, text_encoder, vae, unet, noise_scheduler):
+    """Pipeline of the live modules, so that validation loads nothing."""
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=DPMSolverMultistepScheduler.from_config(noise_scheduler.config),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def validate(args, accelerator, pipeline, step):
+    """Pictures of --validation_prompt, to output_dir/validation and the trackers; other processes wait.
+
+    Same noise each time, so that the pictures compare. Returns them.
+    """
+    images = []
+    if args.validation_prompt and accelerator.is_main_process:
+        with accelerator.autocast():
+            images = pipeline(
+                args.validation_prompt,
+                num_images_per_prompt=args.num_validation_images,
+                num_inference_steps=VALIDATION_INFERENCE_STEPS,
+                height=args.resolution,
+                width=args.resolution,
+                generator=torch.Generator(accelerator.device).manual_seed(args.seed),
+            ).images
+        folder = Path(args.output_dir, "validation")
+        folder.mkdir(exist_ok=True)
+        picture_grid(images).save(folder / f"step-{step:06d}.png")
+        for tracker in accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.log_images({"validation": np.stack(images)}, step, dataformats="NHWC")
+            elif tracker.name == "wandb":
+                tracker.log_images({"validation": images}, step)
+            elif tracker.name == "comet_ml":
+                for i, image in enumerate(images):
+                    tracker.writer.log_image(image, name=f"validation-{i}", step=step)
+    accelerator.wait_for_everyone()
+    return images
+
+
+def picture_grid(images):
+    """Pictures of one size in rows of up to four."""
+    columns = min(4, len(images))
+    width, height = images[0].size
+    grid = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height), "white")
+    for i, image in enumerate(images):
+        grid.paste(image, (i % columns * width, i // columns * height))
+    return grid
+
+
+# ---------- Weights and checkpoints -----------------------------------------------------------------------------
+
+
+def digest(tensors):
+    """Short hash of named tensors: tells base models apart, wherever their folders lie."""
+    content = hashlib.sha256()
+    for name, tensor in tensors.items():
+        content.update(name.encode() + tensor.detach().numpy().tobytes())
+    return content.hexdigest()[:16]
+
+
+def file_ending(args):
+    """Ending of the files that the result is to be loaded from."""
+    return "bin" if args.no_safe_serialization else "safetensors"
+
+
+def save_weights(folder, args, pipeline):
+    """Writes what is trained as diffusers' loaders read it, in float32: .bin and, unless told otherwise, .safetensors.
+
+    diffusers' loader wants an entry for every attention layer. For those without trained weights it is `{}` in the
+    .bin and a tensor of shape (0,) in the .safetensors.
+    """
+    attention = attention_state_dict(pipeline.unet)
+    layers = {key.rsplit(".processor.", 1)[0] + ".processor" for key in attention}
+    untrained = [name for name in pipeline.unet.attn_processors if name not in layers]
+    tables = {token: {token: row} for token, row in embedding_state_dict(pipeline, args).items()}
+    for name, table in {WEIGHTS_NAME: attention, **tables}.items():
+        empty = untrained if name == WEIGHTS_NAME else []
+        torch.save(table | {layer: {} for layer in empty}, folder / f"{name}.bin")
+        if not args.no_safe_serialization:
+            content = serialize(table | {layer: torch.empty(0) for layer in empty}, {"format": "pt"})
+            (folder / f"{name}.safetensors").write_bytes(content)
+
+
+def load_weights(folder, args):
+    """Reads `save_weights`' files: trained attention weights by key, and {token: (dim,)}."""
+
+    def load(name):
+        if (folder / f"{name}.safetensors").is_file():
+            return load_file(folder / f"{name}.safetensors")
+        return torch.load(folder / f"{name}.bin", weights_only=True)
+
+    attention = {key: value for key, value in load(WEIGHTS_NAME).items() if len(value)}
+    return attention, {token: load(token)[token] for token in modifier_tokens(args)}
+
+
+class Checkpoints:
+    """Saves and resumes training: output_dir/checkpoint-<step>, each also loadable like the final result.
+
+    All processes hold the same state, so the main one writes. Every random draw follows from the seed and the draw's
+    number, so the step is also the state of every generator and the place in the data.
+    """
+
+    def __init__(self, args, accelerator, pipeline, optimizer, lr_scheduler, base_digest):
+        self.args, self.accelerator, self.pipeline = args, accelerator, pipeline
+        self.optimizer, self.lr_scheduler, self.base_digest = optimizer, lr_scheduler, base_digest
+        self.output_dir, self.scaler_state = Path(args.output_dir), None
+        # what must not change between the runs, or weights and draws would not fit
+        names = ("modifier_token", "freeze_model", "resolution", "train_batch_size", "gradient_accumulation_steps",
+                 "with_prior_preservation", "seed")  # fmt: skip
+        self.fixed = {name: getattr(args, name) for name in names} | {"num_processes": accelerator.num_processes}
+
+    def list(self):
+        """Complete checkpoints of the output folder, oldest first."""
+        folders = [folder for folder in self.output_dir.glob("checkpoint-*") if folder.name[11:].isdigit()]
+        return sorted(folders, key=lambda folder: int(folder.name[11:]))
+
+    def save(self, step):
+        """Writes a checkpoint beside, flushes and renames it: a folder of that name is always complete.
+
+        Only then are the oldest ones beyond --checkpoints_total_limit deleted.
+        """
+        if self.accelerator.is_main_process:
+            folder = self.output_dir / f"checkpoint-{step}"
+            unfinished = self.output_dir / f".checkpoint-{step}.unfinished"
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+            save_weights(unfinished, self.args, self.pipeline)
+            state = {
+                "step": step,
+                "fixed": self.fixed,
+                "base_model": self.args.pretrained_model_name_or_path,
+                "base_digest": self.base_digest,
+                "optimizer": self.optimizer.state_dict(),
+                "lr_scheduler": self.lr_scheduler.state_dict(),
+                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
+            }
+            torch.save(state, unfinished / TRAINING_STATE_NAME)
+            flush_to_disk(unfinished)
+            if folder.exists():  # left by an earlier run in the same folder
+                shutil.rmtree(folder)
+            unfinished.rename(folder)
+            for old in self.list()[: -self.args.checkpoints_total_limit] if self.args.checkpoints_total_limit else ():
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    def find(self):
+        """Folder that --resume_from_checkpoint means; None if it is "latest" and there is none yet."""
+        name = self.args.resume_from_checkpoint
+        if name == "latest":
+            return self.list()[-1] if self.list() else None
+        for folder in (Path(name), self.output_dir / name):
+            if folder.is_dir():
+                return folder
+        known = ", ".join(folder.name for folder in self.list()) or "none"
+        fail(f"--resume_from_checkpoint {name}", f"no such folder; in {self.output_dir} there are: {known}")
+
+    def resume(self):
+        """Loads weights, optimizer and schedule of the checkpoint asked for; returns its step, 0 if there is none."""
+        folder = self.find()
+        if folder is None:
+            self.accelerator.print(f"No checkpoint in {self.output_dir} yet: starting at the first step")
+            return 0
+        subject = f"--resume_from_checkpoint {folder}"
+        try:
+            state = torch.load(folder / TRAINING_STATE_NAME, map_location="cpu", weights_only=True)
+            for name, value in self.fixed.items():
+                if state["fixed"][name] != value:
+                    fail(subject, f"made with {name} {state['fixed'][name]}, this run has {value}; use the same")
+            if state["base_digest"] != self.base_digest:
+                ours, theirs = self.args.pretrained_model_name_or_path, state["base_model"]
+                fail(subject, f"made from the base model {theirs}, whose weights are not those of {ours}; use that one")
+            attention, embeddings = load_weights(folder, self.args)
+        except Exception as error:  # whatever a damaged file makes the readers raise
+            fail(subject, f"incomplete or damaged ({first_line(error)}); resume from another one")
+        self.pipeline.unet.load_state_dict(attention, strict=False)
+        if embeddings:
+            rows = self.pipeline.text_encoder.get_input_embeddings().rows
+            rows.data.copy_(torch.stack(list(embeddings.values())))
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        self.scaler_state = state["scaler"]
+        self.accelerator.print(f"Resuming from {folder}, step {state['step']}")
+        return state["step"]
+
+    def restore_scaler(self):
+        """Gives fp16's gradient scaler, which exists only after `prepare`, its state."""
+        if self.scaler_state and self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(self.scaler_state)
+
+
+def flush_to_disk(folder):
+    """Returns when a folder's files are on the disk, not only in the system's cache."""
+    for path in (*folder.iterdir(), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+# ---------- The result ------------------------------------------------------------------------------------------
+
+
+def prove_reload(args, pipeline):
+    """Loads the saved files as a user does; fails loudly unless that gives the trained networks. Returns a pipeline.
+
+    diffusers' `load_attn_procs` installs nothing, silently, without `_pipeline`; so nothing is taken on trust: the
+    reloaded weights must be equal to the last bit, the outputs within rounding (diffusers' loader installs another
+    attention kernel). Both are compared in float32. The pipeline returned is the reloaded one.
+    """
+    device, dtype = pipeline.unet.device, pipeline.vae.dtype
+    trained = attention_state_dict(pipeline.unet) | embedding_state_dict(pipeline, args)
+    expected = probe(pipeline, args)
+    pipeline.unet.to("cpu"), pipeline.text_encoder.to("cpu")  # room for the fresh ones
+
+    fresh = base_pipeline(args, device, dtype)
+    fresh.unet.float(), fresh.text_encoder.float()
+    ending = file_ending(args)
+    fresh.unet.load_attn_procs(args.output_dir, weight_name=f"{WEIGHTS_NAME}.{ending}", _pipeline=fresh)
+    for token in modifier_tokens(args):
+        fresh.load_textual_inversion(args.output_dir, weight_name=f"{token}.{ending}")
+    reloaded = attention_state_dict(fresh.unet) | embedding_state_dict(fresh, args)
+    same = trained.keys() == reloaded.keys() and all(torch.equal(trained[key], reloaded[key]) for key in trained)
+    found = probe(fresh, args)
+    close = all(torch.allclose(a, b, rtol=0, atol=1e-3 * a.abs().max()) for a, b in zip(expected, found, strict=True))
+    if not (same and close):
+        what = "weights" if not same else "outputs"
+        fail(args.output_dir, f"the files are kept, but diffusers {diffusers.__version__} loads other {what} from them")
+    fresh.scheduler = pipeline.scheduler
+    fresh.unet.to(dtype), fresh.text_encoder.to(dtype)
+    return fresh
+
+
+@torch.no_grad()
+def probe(pipeline, args):
+    """Text encoder's hidden states and UNet's prediction, float32, for one prompt and fixed noisy latents."""
+    tokenizer, unet, text_encoder = pipeline.tokenizer, pipeline.unet.float(), pipeline.text_encoder.float()
+    options = {"padding": "max_length", "truncation": True, "max_length": tokenizer.model_max_length}
+    input_ids = tokenizer(example_prompt(args), return_tensors="pt", **options).input_ids.to(unet.device)
+    hidden = text_encoder(input_ids)[0]
+    cells = args.resolution // vae_factor(pipeline.vae.config)
+    noise = torch.randn(1, unet.config.in_channels, cells, cells, generator=torch.Generator().manual_seed(0))
+    return hidden.cpu(), unet(noise.to(unet.device), 500, hidden).sample.cpu()
+
+
+def example_prompt(args):
+    """A prompt for which the result was made."""
+    return args.validation_prompt or args.instance_prompt or " ".join(["photo of a", *modifier_tokens(args)])
+
+
+def usage_snippet(args, weights):
+    """Python lines that load the result (a folder or hub repository) into the base model and make a picture."""
+    ending = file_ending(args)
+    return "\n".join([
+        "from diffusers import DiffusionPipeline",
+        "",
+        f"pipeline = DiffusionPipeline.from_pretrained({args.pretrained_model_name_or_path!r})",
+        f"weights = {weights!r}",
+        f"pipeline.unet.load_attn_procs(weights, weight_name='{WEIGHTS_NAME}.{ending}', _pipeline=pipeline)",
+        *(f"pipeline.load_textual_inversion(weights, weight_name='{t}.{ending}')" for t in modifier_tokens(args)),
+        f"image = pipeline({example_prompt(args)!r}, num_inference_steps=100, guidance_scale=6.0, eta=1.0).images[0]",
+        "image.save('picture.png')",
+    ])  # fmt: skip
+
+
+def finish(args, accelerator, pipeline, step):
+    """Final pictures from the reloaded pipeline, the upload, and where everything is."""
+    images = validate(args, accelerator, pipeline, step)
+    for i, image in enumerate(images):
+        image.save(Path(args.output_dir, f"image_{i}.png"))
+    if args.push_to_hub:
+        upload(args, images)
+    print(f"Saved to {args.output_dir}; loads back as trained (checked). To use it:\n")
+    print(usage_snippet(args, args.output_dir))
+
+
+def create_repository(args):
+    """Makes the hub's repository before training, so that what would stop the upload stops the run early."""
+    repository = args.hub_model_id or Path(args.output_dir).resolve().name
+    try:
+        return huggingface_hub.create_repo(repository, exist_ok=True, token=args.hub_token).repo_id
+    except Exception as error:  # network, token and name end here
+        fail(f"--push_to_hub {repository}", f"{first_line(error)}; see to the network, `hf auth login`, --hub_model_id")
+
+
+def upload(args, images):
+    """Writes the model card and uploads the result, without checkpoints and logs."""
+    repository = create_repository(args)
+    Path(args.output_dir, "README.md").write_text(model_card(args, repository, images), encoding="utf-8")
+    ignored = ["checkpoint-*", ".checkpoint-*", f"{args.logging_dir}/*", "wandb/*"]
+    try:
+        huggingface_hub.upload_folder(
+            repo_id=repository, folder_path=args.output_dir, ignore_patterns=ignored, token=args.hub_token
+        )
+    except Exception as error:  # the result is safe on the disk
+        later = f"all is in {args.output_dir}; later: hf upload {repository} {shlex.quote(args.output_dir)}"
+        fail(f"--push_to_hub {repository}", f"{first_line(error)}; {later}")
+
+
+def model_card(args, repository, images):
+    """Model card: license, base model, tags, a usage snippet that works as pasted, the final pictures."""
+    pictures = "\n".join(f"![{args.validation_prompt}](./image_{i}.png)" for i in range(len(images)))
+    return f"""---
+license: creativeml-openrail-m
+base_model: {args.pretrained_model_name_or_path}
+instance_prompt: {json.dumps(example_prompt(args))}
+tags:
+- text-to-image
+- diffusers
+- stable-diffusion
+- custom-diffusion
+---
+
+# {repository}
+
+Custom Diffusion weights for {args.pretrained_model_name_or_path}. New words: {args.modifier_token or "none"}.
+
+```python
+{usage_snippet(args, repository)}
+```
+
+{pictures}
+"""
+
+
+if __name__ == "__main__":
+    main(ARGS)
