@@ -752,11 +752,18 @@ def start_accelerator(args):
     """The accelerator, with devices, precision and trackers set up; checks what the flags need of a GPU."""
     folder = Path(args.output_dir)
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else accelerate ignores torchrun's processes on a CPU
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / args.logging_dir)),
     )
+    launched = os.environ.get("WORLD_SIZE", "1")
+    if int(launched) != accelerator.num_processes:
+        fail(
+            f"WORLD_SIZE {launched}",
+            f"accelerate sees {accelerator.num_processes} process(es), which would train apart",
+        )
     for name in ("enable_xformers_memory_efficient_attention", "use_8bit_adam"):
         if getattr(args, name) and accelerator.device.type != "cuda":
             fail(f"--{name}", "needs a CUDA GPU and there is none; leave the flag out")
@@ -873,7 +880,7 @@ def main(args):
     print_summary(accelerator, args, concepts, trained, max_train_steps, samples_per_step)
 
     # Train: one optimizer step per gradient_accumulation_steps micro-batches
-    if step == 0:
+    if step == 0 and accelerator.is_main_process:
         validate(args, accelerator, pipeline, step)
     progress = tqdm(total=max_train_steps, initial=step, desc="steps", disable=not accelerator.is_main_process)
     step_loss = 0.0
@@ -895,6 +902,8 @@ def main(args):
         progress.update()
         progress.set_postfix(loss=f"{logs['loss']:.4f}", lr=f"{logs['lr']:.2e}")
         accelerator.log(logs, step=step)
+        if not accelerator.is_main_process:
+            continue  # the others wait for the main process where the next step averages the gradients
         if step % args.checkpointing_steps == 0:
             checkpoints.save(step)
         if step % args.validation_steps == 0 and step < max_train_steps:
@@ -954,33 +963,29 @@ def validation_pipeline(tokenizer, text_encoder, vae, unet, noise_scheduler):
 
 
 def validate(args, accelerator, pipeline, step):
-    """Pictures of --validation_prompt, to output_dir/validation and the trackers; other processes wait.
-
-    Same noise each time, so that the pictures compare. Returns them.
-    """
-    images = []
-    if args.validation_prompt and accelerator.is_main_process:
-        with accelerator.autocast():
-            images = pipeline(
-                args.validation_prompt,
-                num_images_per_prompt=args.num_validation_images,
-                num_inference_steps=VALIDATION_INFERENCE_STEPS,
-                height=args.resolution,
-                width=args.resolution,
-                generator=torch.Generator(accelerator.device).manual_seed(args.seed),
-            ).images
-        folder = Path(args.output_dir, "validation")
-        folder.mkdir(exist_ok=True)
-        picture_grid(images).save(folder / f"step-{step:06d}.png")
-        for tracker in accelerator.trackers:
-            if tracker.name == "tensorboard":
-                tracker.log_images({"validation": np.stack(images)}, step, dataformats="NHWC")
-            elif tracker.name == "wandb":
-                tracker.log_images({"validation": images}, step)
-            elif tracker.name == "comet_ml":
-                for i, image in enumerate(images):
-                    tracker.writer.log_image(image, name=f"validation-{i}", step=step)
-    accelerator.wait_for_everyone()
+    """Pictures of --validation_prompt, same noise each time; written to output_dir/validation and the trackers too."""
+    if not args.validation_prompt:
+        return []
+    with accelerator.autocast():
+        images = pipeline(
+            args.validation_prompt,
+            num_images_per_prompt=args.num_validation_images,
+            num_inference_steps=VALIDATION_INFERENCE_STEPS,
+            height=args.resolution,
+            width=args.resolution,
+            generator=torch.Generator(accelerator.device).manual_seed(args.seed),
+        ).images
+    folder = Path(args.output_dir, "validation")
+    folder.mkdir(exist_ok=True)
+    picture_grid(images).save(folder / f"step-{step:06d}.png")
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.log_images({"validation": np.stack(images)}, step, dataformats="NHWC")
+        elif tracker.name == "wandb":
+            tracker.log_images({"validation": images}, step)
+        elif tracker.name == "comet_ml":
+            for i, image in enumerate(images):
+                tracker.writer.log_image(image, name=f"validation-{i}", step=step)
     return images
 
 
@@ -1043,7 +1048,7 @@ def load_weights(folder, args):
 class Checkpoints:
     """Saves and resumes training: output_dir/checkpoint-<step>, each also loadable like the final result.
 
-    All processes hold the same state, so the main one writes. Every random draw follows from the seed and the draw's
+    All processes hold the same state, so the main one alone saves. Every random draw follows from the seed and its
     number, so the step is also the state of every generator and the place in the data.
     """
 
@@ -1066,36 +1071,34 @@ class Checkpoints:
 
         Only then are the oldest ones beyond --checkpoints_total_limit deleted.
         """
-        if self.accelerator.is_main_process:
-            folder = self.output_dir / f"checkpoint-{step}"
-            unfinished = self.output_dir / f".checkpoint-{step}.unfinished"
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir()
-            save_weights(unfinished, self.args, self.pipeline)
-            state = {
-                "step": step,
-                "fixed": self.fixed,
-                "base_model": self.args.pretrained_model_name_or_path,
-                "base_digest": self.base_digest,
-                "optimizer": self.optimizer.state_dict(),
-                "lr_scheduler": self.lr_scheduler.state_dict(),
-                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
-            }
-            torch.save(state, unfinished / TRAINING_STATE_NAME)
-            flush_to_disk(unfinished)
-            if folder.exists():  # left by an earlier run in the same folder
-                shutil.rmtree(folder)
-            unfinished.rename(folder)
-            for old in self.list()[: -self.args.checkpoints_total_limit] if self.args.checkpoints_total_limit else ():
-                shutil.rmtree(old)
-        self.accelerator.wait_for_everyone()
+        folder = self.output_dir / f"checkpoint-{step}"
+        unfinished = self.output_dir / f".checkpoint-{step}.unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        save_weights(unfinished, self.args, self.pipeline)
+        state = {
+            "step": step,
+            "fixed": self.fixed,
+            "base_model": self.args.pretrained_model_name_or_path,
+            "base_digest": self.base_digest,
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
+        }
+        torch.save(state, unfinished / TRAINING_STATE_NAME)
+        flush_to_disk(unfinished)
+        if folder.exists():  # left by an earlier run in the same folder
+            shutil.rmtree(folder)
+        unfinished.rename(folder)
+        for old in self.list()[: -self.args.checkpoints_total_limit] if self.args.checkpoints_total_limit else ():
+            shutil.rmtree(old)
 
     def find(self):
         """Folder that --resume_from_checkpoint means; None if it is "latest" and there is none yet."""
         name = self.args.resume_from_checkpoint
         if name == "latest":
             return self.list()[-1] if self.list() else None
-        for folder in (Path(name), self.output_dir / name):
+        for folder in (self.output_dir / name, Path(name)):
             if folder.is_dir():
                 return folder
         known = ", ".join(folder.name for folder in self.list()) or "none"
@@ -1117,6 +1120,8 @@ class Checkpoints:
                 ours, theirs = self.args.pretrained_model_name_or_path, state["base_model"]
                 fail(subject, f"made from the base model {theirs}, whose weights are not those of {ours}; use that one")
             attention, embeddings = load_weights(folder, self.args)
+            if attention.keys() != attention_state_dict(self.pipeline.unet).keys():
+                raise ValueError("attention weights are missing")
         except Exception as error:  # whatever a damaged file makes the readers raise
             fail(subject, f"incomplete or damaged ({first_line(error)}); resume from another one")
         self.pipeline.unet.load_state_dict(attention, strict=False)
