@@ -289,7 +289,7 @@ def find_pictures(folder, name):
         files = sorted(folder.iterdir())
     except OSError as error:
         fail(f"{name} {folder}", f"{error.strerror}; give a folder of pictures")
-    endings = Image.registered_extensions()
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     return [f for f in files if f.suffix.lower() in endings and not f.name.startswith(".") and not f.is_dir()]
 
 
@@ -760,10 +760,7 @@ def start_accelerator(args):
     )
     launched = os.environ.get("WORLD_SIZE", "1")
     if int(launched) != accelerator.num_processes:
-        fail(
-            f"WORLD_SIZE {launched}",
-            f"accelerate sees {accelerator.num_processes} process(es), which would train apart",
-        )
+        fail(f"WORLD_SIZE {launched}", f"accelerate joins only {accelerator.num_processes}, so they would train apart")
     for name in ("enable_xformers_memory_efficient_attention", "use_8bit_adam"):
         if getattr(args, name) and accelerator.device.type != "cuda":
             fail(f"--{name}", "needs a CUDA GPU and there is none; leave the flag out")
