@@ -1199,9 +1199,11 @@ def usage_snippet(args, weights):
     """Python lines that load the result (a folder or hub repository) into the base model and make a picture."""
     ending = file_ending(args)
     return "\n".join([
+        "import torch",
         "from diffusers import DiffusionPipeline",
         "",
-        f"pipeline = DiffusionPipeline.from_pretrained({args.pretrained_model_name_or_path!r})",
+        "# on a GPU: .to('cuda', torch.float16)",
+        f"pipeline = DiffusionPipeline.from_pretrained({args.pretrained_model_name_or_path!r}).to(torch.float32)",
         f"weights = {weights!r}",
         f"pipeline.unet.load_attn_procs(weights, weight_name='{WEIGHTS_NAME}.{ending}', _pipeline=pipeline)",
         *(f"pipeline.load_textual_inversion(weights, weight_name='{t}.{ending}')" for t in modifier_tokens(args)),
