@@ -1,0 +1,666 @@
+"""Makes the embedded model, a tiny Stable Diffusion pretrained on a rendered world, and its pictures.
+
+    python tools/make_assets.py --seed 0
+
+The stages (render, vae, latents, diffusion, finish) take about two hours on two CPU cores. Each leaves its result and
+its checkpoints in --work_dir, so the same command carries on after an interruption. A loadable pipeline of the moving
+average appears in --work_dir/pipeline every 1,000 steps of the diffusion stage.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import time
+from dataclasses import asdict
+from functools import partial
+from multiprocessing import Pool
+from pathlib import Path
+
+import diffusers
+import measure
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+import transformers
+import world
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+UNSEEN = 500  # the last pictures, on which the autoencoder is measured
+CHUNK = 500  # pictures that one rendering task makes
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work_dir", type=Path, default=Path("build/assets"), help="Checkpoints and the dataset.")
+    parser.add_argument("--output_dir", type=Path, default=Path("assets"))
+    parser.add_argument("--tokenizer", type=Path, default=Path("assets/model/tokenizer"), help="CLIP's vocabulary.")
+    parser.add_argument("--stage", choices=["render", "vae", "latents", "diffusion", "finish", "all"], default="all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="cpu (two processes of one thread) or cuda (one process).")
+    parser.add_argument("--num_images", type=int, default=40_000)
+    parser.add_argument("--vae_steps", type=int, default=5500)
+    parser.add_argument("--diffusion_steps", type=int, default=7000)
+    parser.add_argument("--guidance_scale", type=float, default=5.0, help="Of the scores in the model card.")
+    return parser.parse_args()
+
+
+def atomic_save(value, path):
+    """torch.save that never leaves half a file."""
+    torch.save(value, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
+def images_to_tensor(images):
+    """uint8 array (n, h, w, 3) to a channels-last float tensor (n, 3, h, w) in [-1, 1]."""
+    return torch.tensor(images).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+
+
+# ------------------------------------------------------------------------------------------------- render
+def render_chunk(task):
+    """Renders CHUNK pictures from a seed: uint8 array (CHUNK, 128, 128, 3) and their attributes."""
+    rng = random.Random(task)
+    attributes = [world.sample_pretraining(rng) for _ in range(CHUNK)]
+    return np.stack([np.asarray(world.render(a, rng)) for a in attributes]), [asdict(a) for a in attributes]
+
+
+def render_dataset(args):
+    """Writes images.npy, uint8 (num_images, 128, 128, 3), and attributes.json."""
+    shape = (args.num_images, world.SIZE, world.SIZE, 3)
+    images = np.lib.format.open_memmap(args.work_dir / "images.npy", "w+", np.uint8, shape)
+    attributes, tasks = [], [f"{args.seed} {i}" for i in range(args.num_images // CHUNK)]
+    with Pool(os.cpu_count()) as pool:
+        for i, (chunk, records) in enumerate(pool.imap(render_chunk, tasks)):
+            images[i * CHUNK : (i + 1) * CHUNK] = chunk
+            attributes += records
+    images.flush()
+    (args.work_dir / "attributes.json").write_text(json.dumps(attributes))
+
+
+# ------------------------------------------------------------------------------------------------- training
+class Training:
+    """What both trainings share: processes, parameters, moving average, optimizer and checkpoints."""
+
+    def __init__(self, args, rank, name, groups, average_decay):
+        self.args, self.rank, self.path = args, rank, args.work_dir / f"{name}.pt"
+        self.processes = dist.get_world_size() if dist.is_initialized() else 1
+        self.average_decay = average_decay
+        self.parameters = [p for group in groups for p in group["params"]]
+        self.average = [p.detach().clone() for p in self.parameters]
+        self.optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99))
+        self.step, self.seconds, self.history = 0, 0.0, []
+        if self.path.exists():
+            state = torch.load(self.path, map_location=args.device)
+            self.load(state["parameters"])
+            self.average, self.step, self.seconds = state["average"], state["step"], state["seconds"]
+            self.optimizer.load_state_dict(state["optimizer"])
+        self.started = time.time() - self.seconds
+
+    def random(self):
+        """A numpy generator that depends on seed, step and process alone, so that a resumed run repeats itself."""
+        seeds = (self.args.seed, self.step, self.rank)
+        torch.manual_seed(hash(seeds) % 2**63)
+        return np.random.default_rng(seeds)
+
+    def update(self, loss, learning_rate):
+        """One optimizer step on the gradient averaged over the processes; returns its norm."""
+        self.optimizer.zero_grad(set_to_none=False)
+        loss.backward()
+        gradients = [p.grad for p in self.parameters]
+        if self.processes > 1:
+            flat = torch.cat([g.flatten() for g in gradients])
+            dist.all_reduce(flat)
+            flat.div_(self.processes)
+            for g, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                g.copy_(part.view_as(g))
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = float(learning_rate) * group.get("rate", 1.0)
+        self.optimizer.step()
+        self.step += 1
+        decay = min(self.average_decay, (self.step + 1) / (self.step + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_(self.average, self.parameters, 1 - decay)
+        return norm.item()
+
+    def log(self, every=100, **values):
+        """Prints the mean of the last values every so many steps."""
+        self.history.append(list(values.values()))
+        if self.rank == 0 and self.step % every == 0:
+            means = np.mean(self.history[-every:], 0)
+            text = " ".join(f"{k} {v:.4f}" for k, v in zip(values, means, strict=True))
+            print(f"step {self.step} {time.time() - self.started:.0f}s {text}", flush=True)
+            self.history.clear()
+
+    def save(self):
+        """Writes the checkpoint (first process only)."""
+        self.seconds = time.time() - self.started
+        if self.rank == 0:
+            state = {key: getattr(self, key) for key in ("parameters", "average", "step", "seconds")}
+            atomic_save({**state, "optimizer": self.optimizer.state_dict()}, self.path)
+
+    def load_average(self):
+        """Puts the moving average into the models and returns the parameters that it replaced."""
+        current = [p.detach().clone() for p in self.parameters]
+        self.load(self.average)
+        return current
+
+    def load(self, values):
+        """Copies values into the parameters."""
+        with torch.no_grad():
+            for p, q in zip(self.parameters, values, strict=True):
+                p.copy_(q)
+
+
+def run_process(rank, function, args, store):
+    """Runs a training function as one of the processes, with one thread on a CPU."""
+    if store:
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    function(args, rank)
+    if store:
+        dist.destroy_process_group()
+
+
+def launch(function, args):
+    """Runs a training function on the device: on CPU two one-thread processes beat one two-thread process by 1.4x."""
+    if args.device != "cpu":
+        return run_process(0, function, args, None)
+    store = (args.work_dir / "processes").absolute()
+    store.unlink(missing_ok=True)
+    mp.spawn(run_process, (function, args, store), nprocs=2)
+
+
+# ------------------------------------------------------------------------------------------------- autoencoder
+def build_vae():
+    """Stable Diffusion's autoencoder with few channels: (3, 128, 128) to (4, 16, 16)."""
+    vae = AutoencoderKL(
+        block_out_channels=(16, 32, 64, 64),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+        norm_num_groups=1,
+        layers_per_block=1,
+        sample_size=world.SIZE,
+        mid_block_add_attention=False,  # fully convolutional, so that it can learn from crops
+    )
+    with torch.no_grad():  # begin with little noise on the latents
+        vae.quant_conv.weight[4:] *= 0.1
+        vae.quant_conv.bias[4:] = -5
+    return vae.to(memory_format=torch.channels_last)
+
+
+def sample_crops(images, n, side, rng):
+    """`n` random square crops, half of them from the middle, where the object is: (n, 3, side, side) in [-1, 1]."""
+    crops = []
+    for i in rng.integers(0, len(images) - UNSEEN, n):
+        margin = 16 if side < world.SIZE and rng.random() < 0.5 else 0
+        y, x = rng.integers(margin, world.SIZE - side - margin + 1, 2)
+        crop = images[i, y : y + side, x : x + side]
+        crops.append(crop[:, ::-1] if rng.random() < 0.5 else crop)
+    return images_to_tensor(np.stack(crops))
+
+
+def edges(images):
+    """Differences between neighbouring pixels, across and down."""
+    return images[..., :, 1:] - images[..., :, :-1], images[..., 1:, :] - images[..., :-1, :]
+
+
+def vae_loss(vae, images, progress):
+    """The autoencoder's loss: L1, L2, L1 of the edges, a little KL, and at first a tie of latents to a thumbnail.
+
+    The tie makes three latent channels follow an 8 x 8 average of the picture; without it training starts slowly.
+    """
+    # bfloat16 makes the crops 1.4 times as fast; the last steps, on whole pictures, are exact.
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=images.shape[-1] < world.SIZE):
+        posterior = DiagonalGaussianDistribution(vae.quant_conv(vae.encoder(images)).float())
+        decoded = vae.decode(posterior.sample()).sample.float()
+    l1, l2 = F.l1_loss(decoded, images), F.mse_loss(decoded, images)
+    edge = sum(F.l1_loss(a, b) for a, b in zip(edges(decoded), edges(images), strict=True))
+    kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
+    tie = F.mse_loss(posterior.mean[:, :3], 1.3 * F.avg_pool2d(images, 8))
+    loss = l1 + 2 * l2 + edge + 3e-3 * kl + max(0, 1 - progress / 0.4) * tie
+    return loss, {"l1": l1.item(), "l2": l2.item(), "edge": edge.item(), "kl": kl.item()}
+
+
+def train_vae(args, rank):
+    """Trains the autoencoder on 64-pixel crops, at the end on whole pictures, and saves its moving average."""
+    torch.manual_seed(args.seed)
+    images = np.load(args.work_dir / "images.npy", mmap_mode="r")
+    vae = build_vae().to(args.device)
+    training = Training(args, rank, "vae", [{"params": list(vae.parameters()), "weight_decay": 1e-4}], 0.995)
+    while training.step < args.vae_steps:
+        progress = training.step / args.vae_steps
+        rng = training.random()
+        n, side = (16, 64) if progress < 0.88 else (6, 128)
+        batch = sample_crops(images, n // training.processes, side, rng).to(args.device)
+        loss, parts = vae_loss(vae, batch, progress)
+        warmup = min(1, (training.step + 1) / 50)
+        training.update(loss, 1.5e-3 * warmup * (0.02 + 0.49 * (1 + np.cos(np.pi * progress))))
+        training.log(**parts)
+        if training.step % 300 == 0 or training.step == args.vae_steps:
+            training.save()
+    training.load_average()
+    if rank == 0:
+        vae.save_pretrained(args.work_dir / "vae")
+
+
+# ------------------------------------------------------------------------------------------------- latents
+def encode_dataset(args):
+    """Writes latents.npy, float16 (num_images, 8, 16, 16), mean and deviation, and sets the scaling factor."""
+    vae = AutoencoderKL.from_pretrained(args.work_dir / "vae").to(args.device)
+    images = np.load(args.work_dir / "images.npy", mmap_mode="r")
+    chunks = []
+    with torch.no_grad():
+        for i in range(0, len(images), 100):
+            posterior = vae.encode(images_to_tensor(images[i : i + 100]).to(args.device)).latent_dist
+            chunks.append(torch.cat([posterior.mean, posterior.std], 1).cpu().numpy().astype(np.float16))
+    latents = np.concatenate(chunks)
+    # With the usual 1 / deviation, Stable Diffusion's noise leaves the mean colour of so small a grid visible at the
+    # last timestep, so a model that starts from pure noise gets colours wrong. Smaller latents drown.
+    vae.register_to_config(scaling_factor=0.3 / float(latents[:, :4].astype(np.float32).std()))
+    vae.save_pretrained(args.work_dir / "vae")
+    np.save(args.work_dir / "latents.npy", latents)
+
+
+# ------------------------------------------------------------------------------------------------- diffusion
+class Vocabulary:
+    """CLIP's tokens, of which only those that captions use have an embedding row of their own.
+
+    All others share NONSENSE rows, which are trained on rare words without meaning, so that a rare token is a harmless
+    place for a new concept to begin.
+    """
+
+    NONSENSE = 64
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        rng = random.Random(0)
+        captions = [world.caption(world.sample_attributes(rng), rng) for _ in range(4000)]
+        used = sorted({token for ids in tokenizer(captions).input_ids for token in ids})
+        self.row_of = torch.arange(len(tokenizer)) % self.NONSENSE
+        self.row_of[used] = torch.arange(len(used)) + self.NONSENSE
+        self.rows = self.NONSENSE + len(used)
+        words = sorted(w.removesuffix("</w>") for w in tokenizer.get_vocab() if w.endswith("</w>"))
+        words = [w for w in words if w.isascii() and w.isalpha() and 2 <= len(w) <= 8]
+        self.rare_words = [w for w in words if self.row_of[tokenizer.convert_tokens_to_ids(w + "</w>")] < self.NONSENSE]
+
+    def rare_word(self, rng):
+        """A random word that no caption uses."""
+        return rng.choice(self.rare_words)
+
+    def encode(self, captions):
+        """Embedding rows of captions, (n, 77)."""
+        length = self.tokenizer.model_max_length
+        ids = self.tokenizer(captions, padding="max_length", max_length=length, truncation=True).input_ids
+        return self.row_of[torch.tensor(ids)]
+
+
+def build_text_encoder(rows=49408):
+    """CLIP's text transformer with two narrow layers and `rows` embeddings, the last two for start and end of text."""
+    config = CLIPTextConfig(
+        vocab_size=rows,
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=77,
+        bos_token_id=rows - 2,
+        eos_token_id=rows - 1,
+    )
+    return CLIPTextModel(config)
+
+
+def build_unet():
+    """Stable Diffusion's UNet with two narrow levels, for latents (4, 16, 16)."""
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(64, 96),
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        cross_attention_dim=64,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    )
+    return unet.to(memory_format=torch.channels_last)
+
+
+def noise_schedule(kind, **options):
+    """Stable Diffusion's noise schedule in one of diffusers' schedulers."""
+    return kind(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", **options)
+
+
+def use_bfloat16(model):
+    """Makes a model's linear layers and convolutions compute in bfloat16, on weights and activations of float32.
+
+    On a CPU this is 1.3 times as fast, while a plain autocast is slower, for its attention and norms are.
+    """
+    for layer in model.modules():
+        if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
+            layer.forward = partial(bfloat16_forward, layer)
+
+
+def bfloat16_forward(layer, inputs):
+    """A layer's own forward pass in bfloat16, with a float32 result."""
+    with torch.autocast(inputs.device.type, torch.bfloat16):
+        return type(layer).forward(layer, inputs).float()
+
+
+def loss_weights(scheduler, scale=0.3):
+    """Weight of each timestep's loss: min(s, 5) / s times s ** -0.5 clamped to [1, 5], s the signal-to-noise ratio."""
+    alphas = scheduler.alphas_cumprod
+    snr = alphas / (1 - alphas) * scale**2  # of latents with a deviation of `scale`
+    return snr.clamp(max=5) / snr * snr.pow(-0.5).clamp(1, 5)
+
+
+def diffusion_loss(unet, text_encoder, latents, rows, scheduler, weights):
+    """The weighted loss of the predicted noise, and the plain one, with timesteps spread evenly over the batch."""
+    n, count = len(latents), scheduler.config.num_train_timesteps
+    timesteps = ((torch.randperm(n) + torch.rand(n)) / n * count).long().clamp(max=count - 1).to(latents.device)
+    noise = torch.randn_like(latents)
+    noisy = scheduler.add_noise(latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
+    predicted = unet(noisy, timesteps, text_encoder(rows)[0], return_dict=False)[0]
+    errors = (predicted - noise).pow(2).mean((1, 2, 3))
+    return (errors * weights[timesteps]).mean(), errors.mean().item()
+
+
+def save_pipeline(args, vocabulary, text_encoder, unet):
+    """Writes work_dir/pipeline, a Stable Diffusion pipeline with an embedding row for every CLIP token."""
+    full = build_text_encoder()
+    state = {key: value.cpu() for key, value in text_encoder.state_dict().items()}
+    table = next(key for key in state if key.endswith("token_embedding.weight"))
+    state[table] = state[table][vocabulary.row_of]
+    full.load_state_dict(state)
+    pipeline = StableDiffusionPipeline(
+        vae=AutoencoderKL.from_pretrained(args.work_dir / "vae"),
+        text_encoder=full,
+        tokenizer=vocabulary.tokenizer,
+        unet=unet,
+        scheduler=noise_schedule(PNDMScheduler, skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    final, new, old = (args.work_dir / name for name in ("pipeline", "pipeline.new", "pipeline.old"))
+    pipeline.save_pretrained(new)
+    if final.exists():
+        final.rename(old)
+    new.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def train_diffusion(args, rank):
+    """Trains text encoder and UNet on the latents, with captions drawn anew at each step."""
+    torch.manual_seed(args.seed)
+    vocabulary = Vocabulary(CLIPTokenizer.from_pretrained(args.tokenizer, model_max_length=77))
+    text_encoder, unet = build_text_encoder(vocabulary.rows).to(args.device), build_unet().to(args.device)
+    use_bfloat16(unet)
+    scheduler = noise_schedule(DDPMScheduler)
+    weights = loss_weights(scheduler).to(args.device)
+    records = json.loads((args.work_dir / "attributes.json").read_text())
+    attributes = [world.Attributes(**record) for record in records]
+    scale = AutoencoderKL.load_config(args.work_dir / "vae")["scaling_factor"]
+    latents = torch.from_numpy(np.load(args.work_dir / "latents.npy")).float() * scale
+    embedding = text_encoder.get_input_embeddings().weight
+    text = [p for p in text_encoder.parameters() if p is not embedding]
+    groups = [
+        {"params": list(unet.parameters()), "weight_decay": 0.01},
+        {"params": text, "weight_decay": 0.01, "rate": 0.7},
+        {"params": [embedding], "weight_decay": 0.0, "rate": 0.7},
+    ]
+    training = Training(args, rank, "diffusion", groups, 0.999)
+    while training.step < args.diffusion_steps:
+        rng = training.random()
+        words = random.Random(int(rng.integers(2**62)))
+        chosen = rng.integers(0, len(attributes), 48 // training.processes)
+        captions = [
+            "" if words.random() < 0.1 else world.caption(attributes[i], words, vocabulary.rare_word) for i in chosen
+        ]
+        mean, deviation = latents[chosen].chunk(2, 1)
+        batch = (mean + deviation * torch.randn_like(mean)).to(args.device)
+        rows = vocabulary.encode(captions).to(args.device)
+        loss, error = diffusion_loss(unet, text_encoder, batch, rows, scheduler, weights)
+        progress = training.step / args.diffusion_steps
+        decay = 1 if progress < 0.35 else 0.01 + 0.495 * (1 + np.cos(np.pi * (progress - 0.35) / 0.65))
+        norm = training.update(loss, 1.2e-3 * min(1, (training.step + 1) / 200) * decay)
+        training.log(loss=loss.item(), error=error, norm=norm)
+        if training.step % 1000 == 0 or training.step == args.diffusion_steps:
+            training.save()
+            current = training.load_average()
+            if rank == 0:
+                save_pipeline(args, vocabulary, text_encoder, unet)
+            training.load(current)
+
+
+# ------------------------------------------------------------------------------------------------- finish
+def save_regularization(folder, kind, n, rng):
+    """Writes `n` captioned pictures of a class in the layout that retrieve.py leaves."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    captions = []
+    for i in range(n):
+        size = rng.choice(["small", "medium", "medium", "large", "large"])
+        attributes = world.sample_pretraining(rng, kind=kind, size=size)
+        world.render(attributes, rng).save(folder / "images" / f"{i}.jpg", quality=95)
+        captions.append(world.caption(attributes, rng))
+    names = [f"{i}.jpg" for i in range(n)]
+    (folder / "caption.txt").write_text("".join(f"{caption}\n" for caption in captions))
+    (folder / "urls.txt").write_text("tools/world.py\n" * n)
+    (folder / "images.txt").write_text("".join(f"images/{name}\n" for name in names))
+    records = [
+        {"file_name": name, "text": caption, "license": "Apache-2.0"}
+        for name, caption in zip(names, captions, strict=True)
+    ]
+    (folder / "images" / "metadata.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def save_pictures(args):
+    """Writes instance pictures of the concepts and regularization pictures of their classes."""
+    for kind in world.CONCEPTS:
+        rng = random.Random(f"{args.seed} {kind}")
+        folder = args.output_dir / "instance" / kind
+        folder.mkdir(parents=True, exist_ok=True)
+        for i, background in enumerate(rng.sample(world.concept_backgrounds(kind), 5)):
+            world.render_concept(kind, background, rng)[0].save(folder / f"{i}.png")
+        save_regularization(args.output_dir / "regularization" / kind, kind, 200, rng)
+
+
+def save_model(args):
+    """Writes the final pipeline in float16, in files that transformers 4 and 5 both read."""
+    tokenizer = {path.name: path.read_bytes() for path in args.tokenizer.iterdir()}
+    pipeline = StableDiffusionPipeline.from_pretrained(args.work_dir / "pipeline", torch_dtype=torch.float16)
+    folder = args.output_dir / "model"
+    pipeline.save_pretrained(folder)
+    shutil.rmtree(folder / "tokenizer")
+    (folder / "tokenizer").mkdir()
+    for name, content in tokenizer.items():
+        (folder / "tokenizer" / name).write_bytes(content)
+    weights = folder / "text_encoder" / "model.safetensors"
+    # transformers 4 knows the text encoder's weights by this prefix only; transformers 5 drops it and reads both.
+    state = {f"text_model.{key.removeprefix('text_model.')}": value for key, value in load_file(weights).items()}
+    save_file(state, weights, metadata={"format": "pt"})
+    for path in [folder / "model_index.json", *folder.glob("*/config.json")]:
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)
+        path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def generate(pipeline, prompts, guidance_scale, seed):
+    """One picture for each prompt with 25 steps of DPM-Solver++."""
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    generator, images = torch.Generator().manual_seed(seed), []
+    for i in range(0, len(prompts), 50):
+        options = {"num_inference_steps": 25, "guidance_scale": guidance_scale, "generator": generator}
+        images += pipeline(prompts[i : i + 50], height=world.SIZE, width=world.SIZE, **options).images
+    return images
+
+
+def save_sheet(images, path, columns=10):
+    """Writes pictures side by side in rows of `columns`."""
+    step = world.SIZE + 4
+    sheet = Image.new("RGB", (columns * step, -(-len(images) // columns) * step), "gray")
+    for i, image in enumerate(images):
+        sheet.paste(image, (i % columns * step, i // columns * step))
+    sheet.save(path, quality=90)
+
+
+def reconstruct(vae, images):
+    """uint8 pictures (n, 128, 128, 3) through the autoencoder and back."""
+    with torch.no_grad():
+        batches = images_to_tensor(images).split(50)
+        decoded = torch.cat([vae.decode(vae.encode(batch).latent_dist.mean).sample for batch in batches])
+    return ((decoded.permute(0, 2, 3, 1).clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
+
+
+def measure_ceilings(vae):
+    """Rows of a table: the concept measures on true renders and on their reconstructions, 50 each."""
+    rows = []
+    for kind in world.CONCEPTS:
+        rng, backgrounds = random.Random(1), world.concept_backgrounds(kind)
+        renders = np.stack([np.asarray(world.render_concept(kind, rng.choice(backgrounds), rng)[0]) for _ in range(50)])
+        for name, images in (("true renders", renders), ("through the autoencoder", reconstruct(vae, renders))):
+            color = np.mean([measure.concept_color(image, kind) for image in images])
+            layout = np.mean([measure.concept_layout(image, kind) for image in images])
+            rows.append(f"| {kind} | {name} | {color:.2f} | {layout:.2f} |")
+    return rows
+
+
+def evaluate(args):
+    """Scores the saved model; returns the model card's values and writes a sheet of samples."""
+    folder = args.output_dir / "model"
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    prompts = world.eval_prompts(100, seed=1)
+    images = generate(pipeline, [caption for caption, _ in prompts], args.guidance_scale, seed=1)
+    save_sheet(images[:20], folder / "samples.jpg")
+    unseen = np.load(args.work_dir / "images.npy", mmap_mode="r")[-UNSEEN:]
+    errors = np.mean((reconstruct(pipeline.vae, unseen) - unseen.astype(float)) ** 2, (1, 2, 3))
+    scores = measure.score(prompts, images)
+    rng = random.Random(2)
+    truth = measure.score(prompts, [world.render(attributes, rng) for _, attributes in prompts])
+    parts = {"autoencoder": pipeline.vae, "text encoder": pipeline.text_encoder, "UNet": pipeline.unet}
+    return {
+        "scores": [f"| {k} | {v['accuracy']:.2f} | {truth[k]['accuracy']:.2f} | {v['n']} |" for k, v in scores.items()],
+        "psnr": float(np.mean(10 * np.log10(255**2 / errors))),
+        "ceilings": measure_ceilings(pipeline.vae),
+        "captions": [f"{i + 1}. {caption}" for i, (caption, _) in enumerate(prompts[:20])],
+        "sizes": {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in parts.items()},
+    }
+
+
+def write_card(args, seconds, values):
+    """Writes the model card."""
+    versions = {m.__name__: m.__version__ for m in (torch, diffusers, transformers, np)}
+    card = f"""---
+license: apache-2.0
+library_name: diffusers
+pipeline_tag: text-to-image
+---
+
+# A tiny Stable Diffusion for tests and examples
+
+A Stable Diffusion pipeline with {sum(values["sizes"].values()):.1f} million parameters that draws 128 x 128 pictures of
+ten everyday things ({", ".join(world.KINDS)}) in eleven colours and five patterns on eight plain backgrounds and four
+scenes. It has the architecture and the noise schedule of Stable Diffusion 1 at a small scale, so code for the one runs
+on the other, in seconds on a CPU. It knows nothing else, and is no use beyond trying out code.
+
+![samples](samples.jpg)
+
+Samples of held-out prompts (guidance {args.guidance_scale:g}), row by row:
+
+{chr(10).join(values["captions"])}
+
+## How it was made
+
+Everything, pictures included, comes from one command and its seed:
+
+```bash
+python tools/make_assets.py --seed {args.seed}
+```
+
+`tools/world.py` rendered {args.num_images:,} pictures, with new captions at every step. One in eleven combinations of
+thing, colour and background was left out; so were cats and pots with two colours of the concepts in `assets/instance`.
+Some captions hold a rare word that means nothing, which makes a rare token a harmless place for a new concept to begin.
+Tokens that no caption uses share {Vocabulary.NONSENSE} embedding rows.
+
+| part | parameters (million) |
+| --- | --- |
+{chr(10).join(f"| {name} | {size:.2f} |" for name, size in values["sizes"].items())}
+
+| stage | seconds |
+| --- | --- |
+{chr(10).join(f"| {name} | {value:.0f} |" for name, value in seconds.items())}
+
+{args.vae_steps:,} steps for the autoencoder and {args.diffusion_steps:,} steps of 48 pictures for text encoder and
+UNet, on {"two CPU cores" if args.device == "cpu" else args.device}, with
+{", ".join(f"{name} {version}" for name, version in versions.items())}. Weights are stored as float16.
+
+## Scores
+
+100 prompts of held-out combinations, one picture each, DPM-Solver++ with 25 steps, guidance {args.guidance_scale:g},
+judged by `tools/measure.py` without any learned model. The third column is the judge's score on true renders.
+
+| measure | model | true renders | n |
+| --- | --- | --- | --- |
+{chr(10).join(values["scores"])}
+
+The autoencoder reconstructs {UNSEEN} unseen pictures with a mean PSNR of {values["psnr"]:.1f} dB. The concept measures
+reach the following on true pictures of the concepts (50 each), which is the most that customization can reach:
+
+| concept | pictures | colour | layout |
+| --- | --- | --- | --- |
+{chr(10).join(values["ceilings"])}
+"""
+    (args.output_dir / "model" / "README.md").write_text(card)
+
+
+def finish(args, seconds):
+    """Writes the final model, the pictures and the model card."""
+    save_model(args)
+    save_pictures(args)
+    write_card(args, seconds, evaluate(args))
+
+
+def main():
+    args = parse_args()
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    progress = args.work_dir / "seconds.json"  # of the stages that are done
+    seconds = json.loads(progress.read_text()) if progress.exists() else {}
+    stages = {
+        "render": partial(render_dataset, args),
+        "vae": partial(launch, train_vae, args),
+        "latents": partial(encode_dataset, args),
+        "diffusion": partial(launch, train_diffusion, args),
+        "finish": partial(finish, args, seconds),
+    }
+    for name, stage in stages.items():
+        if args.stage not in (name, "all") or name in seconds:
+            continue
+        started = time.time()
+        stage()
+        checkpoint = args.work_dir / f"{name}.pt"
+        elapsed = torch.load(checkpoint)["seconds"] if checkpoint.exists() else time.time() - started
+        if name != "finish":
+            progress.write_text(json.dumps({**seconds, name: elapsed}))
+            seconds[name] = elapsed
+        print(f"stage {name}: {elapsed:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
