@@ -3,18 +3,16 @@
 import json
 import math
 
-import numpy as np
 import pytest
 import torch
 from conftest import (
-    ROOT,
+    EMBEDDED,
     base_weights,
     distance,
     fresh_pipeline,
     load_trained,
     load_weights,
     python,
-    run,
     same_bits,
     train,
 )
@@ -60,6 +58,7 @@ def record(folder, **values):
         "output_dir": folder / "run",
         "resolution": 64,
         "noaug": True,
+        "center_crop": True,
         "report_to": "none",
         "dataloader_num_workers": 0,
         "train_batch_size": 2,
@@ -109,7 +108,7 @@ def steps_by_hand(model, record, projections, prior_loss_weight):
         target = a.sqrt() * noise - (1 - a).sqrt() * latents if v_prediction else noise
         error = (unet(noisy, timesteps, text_encoder(ids)[0]).sample - target) ** 2
         instances = len(error) // 2
-        inner = error[:instances, :, 1:-1, 1:-1]  # without augmentation the mask leaves out a cell at each border
+        inner = error[:instances, :, 1:-1, 1:-1]  # whole square pictures: the mask leaves out a cell at each border
         loss = inner.sum((1, 2, 3)).mean() / 36 + prior_loss_weight * error[instances:].mean()
         gradients = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
         norm = sum(g.square().sum() for g in gradients.values()).sqrt()
@@ -132,7 +131,7 @@ def recorded_sd1(cat_flags, tmp_path_factory):
 @pytest.fixture(scope="module")
 def recorded_sd2(sd2, cat_flags, tmp_path_factory):
     flags = cat_flags | {"max_train_steps": 2, "pretrained_model_name_or_path": sd2, "freeze_model": "crossattn"}
-    return record(tmp_path_factory.mktemp("sd2"), **flags)
+    return record(tmp_path_factory.mktemp("sd2"), **flags, seed=7)
 
 
 def start(model, trained):
@@ -180,6 +179,7 @@ def test_trained_on_the_right_words(recorded_sd1, sd1):
 def test_noise_is_normal_and_timesteps_spread(recorded_sd1, recorded_sd2):
     noise = torch.cat([step[1].flatten() for _, found in (recorded_sd1, recorded_sd2) for step in found["noised"]])
     assert abs(noise.mean()) < 0.15 and abs(noise.std() - 1) < 0.1
+    assert not torch.equal(recorded_sd1[1]["noised"][0][1], recorded_sd2[1]["noised"][0][1])  # another seed
     timesteps = torch.cat([step[2] for step in recorded_sd1[1]["noised"]])
     assert len(timesteps.unique()) == len(timesteps) and 0 <= timesteps.min() and timesteps.max() < 1000
 
@@ -191,10 +191,9 @@ def test_frozen_things_keep_their_bits(recorded, model, request):
     pipeline = fresh_pipeline(model)
     for name, base in (("UNet2DConditionModel", pipeline.unet), ("CLIPTextModel", pipeline.text_encoder)):
         state = found["models"][name]
-        renamed = {key: key.replace("token_embedding.weight", "token_embedding.table.weight") for key in state}
         for key, value in base.state_dict().items():
             kept = state[key] if key in state else state[key.replace(".weight", ".table.weight")]
-            assert torch.equal(kept[: len(value)] if value.dim() else kept, value), (key, renamed.get(key))
+            assert torch.equal(kept, value), key
 
 
 # What must not change the result
@@ -209,11 +208,6 @@ def plain(plain_flags, tmp_path_factory):
 def test_same_seed_same_bits(trained, plain):
     """With and without validation, checkpoints, trackers and worker processes."""
     assert same_bits(load_trained(trained), load_trained(plain))
-
-
-def test_other_seed_other_weights(plain, plain_flags, sd1, tmp_path):
-    other = load_trained(train(tmp_path / "other", **plain_flags | {"seed": 7, "max_train_steps": 1}))
-    assert not same_bits(load_trained(plain), other)
 
 
 @pytest.fixture(scope="module")
@@ -338,8 +332,8 @@ def notebook(cat_flags, sd1, world, tmp_path_factory):
     return {case: folder / case for case in INITIALIZERS}
 
 
-def test_vocabulary_has_these_ids(sd1):
+def test_vocabulary_has_these_ids():
     """The ids that the tests above write out, looked up in the vocabulary file itself."""
-    ids = json.loads((sd1 / "tokenizer" / "vocab.json").read_text())
+    ids = json.loads((EMBEDDED / "tokenizer" / "vocab.json").read_text())
     pieces = {"ktn": 42170, "pll": 47629, "ucd": 44746, "cat</w>": 2368, "pll</w>": 25266, "ucd</w>": 43514}
     assert {piece: ids[piece] for piece in pieces} == pieces

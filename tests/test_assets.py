@@ -1,0 +1,61 @@
+"""The embedded model and pictures that the first command of the README works with."""
+
+import json
+
+import pytest
+import torch
+from conftest import EMBEDDED, ROOT, fresh_pipeline
+from PIL import Image
+
+ASSETS = ROOT / "assets"
+
+
+def test_model_is_a_small_stable_diffusion():
+    """float16 weights, CLIP's vocabulary, a VAE of factor 8, 128 pixels."""
+    files = [file for file in EMBEDDED.rglob("*.safetensors")]
+    assert {file.parent.name for file in files} == {"unet", "vae", "text_encoder"}
+    assert sum(file.stat().st_size for file in files) <= 15e6
+    pipeline = fresh_pipeline(EMBEDDED)
+    assert type(pipeline).__name__ == "StableDiffusionPipeline"
+    assert pipeline.text_encoder.config.vocab_size == len(pipeline.tokenizer) == 49408
+    assert pipeline.vae_scale_factor == 8 and pipeline.unet.config.sample_size == 16
+    assert all(torch.isfinite(parameter).all() for parameter in pipeline.unet.parameters())
+
+
+def test_tokenizer_splits_as_clip():
+    ids = fresh_pipeline(EMBEDDED).tokenizer("a photo of a cat").input_ids
+    assert ids == [49406, 320, 1125, 539, 320, 2368, 49407]
+
+
+@pytest.mark.parametrize("name", ["cat", "pot"])
+def test_instance_pictures(name):
+    pictures = [Image.open(file) for file in sorted((ASSETS / "instance" / name).glob("*.png"))]
+    assert len(pictures) == 5
+    assert all(picture.size == (128, 128) for picture in pictures)
+    assert len({picture.tobytes() for picture in pictures}) == 5
+
+
+@pytest.mark.parametrize("name", ["cat", "pot"])
+def test_class_pictures(name):
+    """200 pictures with captions, in the layout that retrieve.py writes, and metadata for datasets."""
+    folder = ASSETS / "regularization" / name
+    lists = {kind: (folder / kind).read_text().splitlines() for kind in ("images.txt", "caption.txt", "urls.txt")}
+    assert {len(lines) for lines in lists.values()} == {200}
+    metadata = {}
+    for line in (folder / "images" / "metadata.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        metadata[row["file_name"]] = row
+    assert len(metadata) == 200
+    for path, caption in zip(lists["images.txt"], lists["caption.txt"], strict=True):
+        file = next(file for file in (ROOT / path, folder / path) if file.is_file())
+        assert Image.open(file).size == (128, 128)
+        assert name in caption.split() and caption in metadata[file.name].values()
+
+
+def test_concept_list():
+    """The guide's form, pointing at the embedded pictures."""
+    concepts = json.loads((ROOT / "concept_list.json").read_text())
+    assert len(concepts) == 2
+    for concept in concepts:
+        assert concept.keys() == {"instance_prompt", "class_prompt", "instance_data_dir", "class_data_dir"}
+        assert (ROOT / concept["instance_data_dir"]).is_dir() and (ROOT / concept["class_data_dir"]).is_dir()

@@ -1,0 +1,159 @@
+"""Checkpoints: which ones stay, and that a resumed run ends with the bits of an uninterrupted one."""
+
+import shutil
+
+import pytest
+from conftest import ROOT, load_trained, python, same_bits, train
+
+# A run that is killed while it writes checkpoint-4, after the first of its files.
+KILLED = """
+import os, sys, torch
+from train_custom_diffusion import main, parse_args
+
+save, written = torch.save, []
+def save_or_die(value, path, *args, **kwargs):
+    if "checkpoint-4" in str(path):
+        written.append(path)
+        if len(written) == 2:
+            os._exit(9)
+    return save(value, path, *args, **kwargs)
+torch.save = save_or_die
+main(parse_args(sys.argv[1:]))
+"""
+
+
+def checkpoints(folder):
+    return sorted(path.name for path in folder.glob("checkpoint-*"))
+
+
+def copy_run(folder, target, *keep):
+    """A run's folder as it was when only these checkpoints were there, and no result yet."""
+    for name in keep:
+        shutil.copytree(folder / name, target / name)
+    return target
+
+
+def test_limit_keeps_the_newest(trained):
+    """Six steps, one every two, at most two."""
+    assert checkpoints(trained) == ["checkpoint-4", "checkpoint-6"]
+
+
+def test_resume_by_name(trained, plain_flags, tmp_path):
+    """With other worker processes and without validation: the same bits."""
+    folder = copy_run(trained, tmp_path / "run", "checkpoint-4")
+    train(folder, resume_from_checkpoint="checkpoint-4", **plain_flags)
+    assert same_bits(load_trained(folder), load_trained(trained))
+
+
+def test_resume_by_path(trained, plain_flags, tmp_path):
+    """In another output folder, with validation and worker processes."""
+    folder = tmp_path / "elsewhere"
+    more = {"validation_prompt": "a <new1> cat", "num_validation_images": 1, "dataloader_num_workers": 2}
+    train(folder, resume_from_checkpoint=trained / "checkpoint-4", **plain_flags | more)
+    assert same_bits(load_trained(folder), load_trained(trained))
+
+
+@pytest.fixture(scope="module")
+def killed(plain_flags, tmp_path_factory):
+    """A run that died while it wrote its second checkpoint, with a limit of one."""
+    import os
+    import sys
+
+    from conftest import flags, run
+
+    folder = tmp_path_factory.mktemp("runs") / "killed"
+    values = {"output_dir": folder, "resolution": 64, "report_to": "none", "dataloader_num_workers": 0}
+    values |= plain_flags | {"checkpointing_steps": 2, "checkpoints_total_limit": 1}
+    cwd = values.pop("cwd")
+    process = run(sys.executable, "-c", KILLED, *flags(**values), cwd=cwd, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert process.returncode == 9, process.stderr
+    return folder
+
+
+def test_killed_while_writing_keeps_the_last_complete_one(killed):
+    """Only the complete checkpoint has a checkpoint's name, and it was not deleted for the unfinished one."""
+    assert checkpoints(killed) == ["checkpoint-2"]
+    assert len(list(killed.iterdir())) > 1, "the unfinished one is still there, so the test means something"
+
+
+def test_resume_latest_after_a_kill(killed, trained, plain_flags, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(killed, folder)
+    train(folder, resume_from_checkpoint="latest", **plain_flags | {"checkpointing_steps": 4})
+    assert "step 2" in (folder / "stdout.txt").read_text()
+    assert checkpoints(folder) == ["checkpoint-2", "checkpoint-4"]
+    assert same_bits(load_trained(folder), load_trained(trained))
+    assert same_bits(load_trained(folder / "checkpoint-4"), load_trained(trained / "checkpoint-4"))
+
+
+# What does not fit is refused. One notebook asks for all of it.
+
+
+REFUSED = {
+    "tokens": ({"modifier_token": "<cat1>", "instance_prompt": "photo of a <cat1> cat"}, ["<new1>", "<cat1>"]),
+    "more tokens": (
+        {"modifier_token": "<new1>+<b>", "instance_prompt": "<new1> and <b>"},
+        ["<new1>+<b>", "with modifier_token <new1>,"],
+    ),
+    "freeze_model": ({"freeze_model": "crossattn"}, ["crossattn_kv", "this run has crossattn;"]),
+    "resolution": ({"resolution": 72}, ["64", "72"]),
+    "seed": ({"seed": 7}, ["seed 42", "7"]),
+    "batch": ({"train_batch_size": 3}, ["train_batch_size 2", "3"]),
+    "another base model": ({"pretrained_model_name_or_path": "SD2"}, ["base"]),
+    "no such checkpoint": ({"resume_from_checkpoint": "checkpoint-99"}, ["checkpoint-99", "checkpoint-4"]),
+    "incomplete": ({"resume_from_checkpoint": "checkpoint-1"}, ["checkpoint-1", "incomplete"]),
+    "damaged": ({"resume_from_checkpoint": "checkpoint-3"}, ["checkpoint-3", "damaged"]),
+}
+
+NOTEBOOK = """
+import json, sys
+from train_custom_diffusion import main, parse_args
+
+answers = {}
+for name, call in json.loads(sys.stdin.read()).items():
+    try:
+        main(parse_args(call))
+        answers[name] = "went on"
+    except SystemExit as end:
+        answers[name] = str(end)
+print("ANSWERS", json.dumps(answers))
+"""
+
+
+@pytest.fixture(scope="module")
+def refusals(trained, sd2, plain_flags, tmp_path_factory):
+    """What each call of REFUSED answered, and what happened to the folder."""
+    import json
+
+    from conftest import flags
+
+    folder = copy_run(trained, tmp_path_factory.mktemp("refused"), "checkpoint-4")
+    (folder / "checkpoint-1").mkdir()
+    shutil.copytree(folder / "checkpoint-4", folder / "checkpoint-3")
+    for file in (folder / "checkpoint-3").iterdir():
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    before = sorted(folder.rglob("*"))
+    calls = {}
+    for name, (values, _) in REFUSED.items():
+        values = {"output_dir": folder, "resolution": 64, "resume_from_checkpoint": "checkpoint-4"} | values
+        values = plain_flags | {"report_to": "none"} | values
+        if values["pretrained_model_name_or_path"] == "SD2":
+            values["pretrained_model_name_or_path"] = sd2
+        values.pop("cwd")
+        calls[name] = flags(**values)
+    process = python(NOTEBOOK, input=json.dumps(calls), cwd=plain_flags["cwd"])
+    answers = json.loads(process.stdout.rpartition("ANSWERS")[2])
+    return answers | {"folder": "as it was" if sorted(folder.rglob("*")) == before else "changed"}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case, refusals):
+    """One line that names the checkpoint and both values."""
+    answer = refusals[case]
+    assert answer.startswith("error: ") and "\n" not in answer
+    assert "--resume_from_checkpoint" in answer
+    assert all(words in answer for words in REFUSED[case][1]), answer
+
+
+def test_refusing_changes_nothing(refusals):
+    assert refusals["folder"] == "as it was"
