@@ -12,7 +12,7 @@ from conftest import ROOT, run
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"^(<!-- not run: [^\n]+ -->\n)?```(bash|python)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 BLOCKS = [(language, code, bool(marked)) for marked, language, code in BLOCK.findall(README)]
-FEWER = [("--max_train_steps=20", "--max_train_steps=2"), ("--max_train_steps=500", "--max_train_steps=2"),
+FEWER = [("--max_train_steps=20", "--max_train_steps=2"), ("--max_train_steps=1000", "--max_train_steps=2"),
          ("num_inference_steps=100", "num_inference_steps=2")]  # fmt: skip
 
 

@@ -1,0 +1,165 @@
+#!/usr/bin/env python3
+"""Draws one sheet that shows what a training taught: instance pictures, prompts with the new word, other prompts.
+
+Each prompt's pictures before (the base model) and after (with the trained weights) start from the same noise.
+
+    python examples/before_after.py --pretrained_model_name_or_path assets/model --weights_dir results/quickstart \\
+        --instance_data_dir assets/instance/cat --modifier_token "<new1>" --class_prompt cat --output before_after.png
+"""
+
+import argparse
+import os
+import textwrap
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before torch, diffusers and transformers are imported
+
+# {token} and {class_prompt} stand for the flags' values. None of these backgrounds is in assets/instance.
+PROMPTS = [
+    "photo of a {token} {class_prompt} on the beach",
+    "photo of a {token} {class_prompt} at night",
+    "photo of a {token} {class_prompt} on a blue background",
+    "photo of a {token} {class_prompt} on a yellow background",
+    "photo of a {token} {class_prompt} on the grass",
+]
+OTHER_PROMPTS = [
+    "photo of a {class_prompt} on the beach",
+    "photo of a red {class_prompt} on a white background",
+    "photo of a brown and white striped {class_prompt} on a green background",
+    "photo of a blue fish on a yellow background",
+    "photo of a red flower with a white outline on a gray background",
+]
+WEIGHTS_NAME = "pytorch_custom_diffusion_weights"
+INFERENCE_STEPS, GUIDANCE_SCALE = 25, 5.0
+CELL, GAP, MARGIN = 176, 8, 96  # pixels: a picture's side, between pictures, for the labels at the left
+INK, PAPER = "#202020", "white"
+
+
+def parse_args():
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description="Draw a sheet of pictures before and after a training.")
+    # fmt: off
+    add = parser.add_argument
+    add("--pretrained_model_name_or_path", required=True, help="base model of the training")
+    add("--weights_dir", required=True, help="the training's output_dir, or a checkpoint in it")
+    add("--instance_data_dir", type=Path, required=True, help="the training's pictures of the concept")
+    add("--modifier_token", default="<new1>", help='new word; "+" between several, the first stands for {token}')
+    add("--class_prompt", default="cat", help="the concept's class")
+    add("--prompts", nargs="+", default=PROMPTS, help="prompts with {token} and {class_prompt}")
+    add("--other_prompts", nargs="+", default=OTHER_PROMPTS, help="prompts without it")
+    add("--output", type=Path, default=Path("before_after.png"), help="the sheet")
+    add("--seed", type=int, default=0, help="of the noise that pictures start from")
+    # fmt: on
+    return parser.parse_args()
+
+
+def load_pipeline(name):
+    """The base model with a fast sampler, on the GPU if there is one."""
+    import torch
+    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+    from diffusers.utils import logging
+    from transformers.utils.logging import disable_progress_bar
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    disable_progress_bar()
+    pipeline = StableDiffusionPipeline.from_pretrained(name, safety_checker=None, requires_safety_checker=False)
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu", torch.float32)
+
+
+def load_concept(pipeline, folder, tokens):
+    """Loads what a training left in `folder` into the pipeline."""
+    ending = "safetensors" if Path(folder, f"{WEIGHTS_NAME}.safetensors").is_file() else "bin"
+    # without `_pipeline` diffusers reads the file and installs nothing
+    pipeline.unet.load_attn_procs(folder, weight_name=f"{WEIGHTS_NAME}.{ending}", _pipeline=pipeline)
+    for token in tokens:
+        pipeline.load_textual_inversion(folder, weight_name=f"{token}.{ending}")
+
+
+def generate(pipeline, prompts, seed):
+    """One picture for each prompt; the noise follows from the seed and the prompt's place in the list."""
+    import torch
+
+    generators = [torch.Generator().manual_seed(1000 * seed + i) for i in range(len(prompts))]
+    options = {"num_inference_steps": INFERENCE_STEPS, "guidance_scale": GUIDANCE_SCALE}
+    return pipeline(prompts, generator=generators, **options).images
+
+
+def fit(image):
+    """The picture in a CELL x CELL square."""
+    image = image.convert("RGB")
+    image.thumbnail((CELL, CELL), Image.Resampling.LANCZOS)
+    scale = CELL / max(image.size)
+    return image.resize([round(side * scale) for side in image.size], Image.Resampling.LANCZOS)
+
+
+def draw_row(label, images):
+    """A row of pictures with a label at the left."""
+    row = Image.new("RGB", (MARGIN + len(images) * (CELL + GAP), CELL + GAP), PAPER)
+    ImageDraw.Draw(row).text((MARGIN - 12, CELL // 2), label, INK, ImageFont.load_default(18), anchor="rm")
+    for i, image in enumerate(images):
+        row.paste(fit(image), (MARGIN + i * (CELL + GAP), 0))
+    return row
+
+
+def draw_prompts(prompts):
+    """A row of prompts, each broken to the width of a picture."""
+    font = ImageFont.load_default(14)
+    texts = [textwrap.fill(prompt, 25) for prompt in prompts]
+    height = 18 * max(text.count("\n") + 1 for text in texts) + 6
+    row = Image.new("RGB", (MARGIN + len(prompts) * (CELL + GAP), height), PAPER)
+    for i, text in enumerate(texts):
+        ImageDraw.Draw(row).text((MARGIN + i * (CELL + GAP), height - 4), text, INK, font, anchor="ld", spacing=3)
+    return row
+
+
+def draw_title(text):
+    """A line of its own."""
+    font = ImageFont.load_default(20)
+    row = Image.new("RGB", (MARGIN + round(font.getlength(text)), 44), PAPER)
+    ImageDraw.Draw(row).text((MARGIN, 16), text, INK, font)
+    return row
+
+
+def stack(rows):
+    """Rows below each other with a margin around."""
+    sheet = Image.new("RGB", (max(row.width for row in rows) + 16, sum(row.height for row in rows) + 24), PAPER)
+    top = 8
+    for row in rows:
+        sheet.paste(row, (8, top))
+        top += row.height
+    return sheet
+
+
+def main():
+    """Makes the pictures and writes the sheet."""
+    args = parse_args()
+    tokens = args.modifier_token.split("+")
+    names = {"token": tokens[0], "class_prompt": args.class_prompt}
+    groups = [[prompt.format(**names) for prompt in group] for group in (args.prompts, args.other_prompts)]
+    endings = Image.registered_extensions()
+    files = sorted(file for file in args.instance_data_dir.iterdir() if file.suffix.lower() in endings)
+    instances = [Image.open(file) for file in files[: max(map(len, groups))]]
+
+    pipeline = load_pipeline(args.pretrained_model_name_or_path)
+    before = [generate(pipeline, prompts, args.seed + i) for i, prompts in enumerate(groups)]
+    load_concept(pipeline, args.weights_dir, tokens)
+    after = [generate(pipeline, prompts, args.seed + i) for i, prompts in enumerate(groups)]
+
+    learnt = f"{tokens[0]} {args.class_prompt}"
+    titles = [f'Prompts with "{learnt}", on backgrounds that are not among these pictures', "Other prompts"]
+    rows = [draw_title(f"The {len(files)} pictures that it learns from"), draw_row(tokens[0], instances)]
+    for title, prompts, old, new in zip(titles, groups, before, after, strict=True):
+        rows += [draw_title(title), draw_prompts(prompts), draw_row("before", old), draw_row("after", new)]
+    sheet = stack(rows)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(args.output)
+    print(f"Wrote {args.output}")
+
+
+if __name__ == "__main__":
+    main()
