@@ -76,6 +76,27 @@ def python(code, *words, **options):
     return process
 
 
+NOTEBOOK = """
+import json, sys
+from train_custom_diffusion import main, parse_args
+
+answers = {}
+for name, call in json.loads(sys.stdin.read()).items():
+    try:
+        main(parse_args(call))
+        answers[name] = "went on"
+    except SystemExit as end:
+        answers[name] = str(end)
+print("ANSWERS", json.dumps(answers))
+"""
+
+
+def refusals_of(calls, **options):
+    """What one notebook answers to several calls, lists of flags by name: the error, or "went on"."""
+    process = python(NOTEBOOK, input=json.dumps(calls), **options)
+    return json.loads(process.stdout.rpartition("ANSWERS")[2])
+
+
 # Reading what it left
 
 

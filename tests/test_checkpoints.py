@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from conftest import ROOT, load_trained, python, same_bits, train
+from conftest import ROOT, flags, load_trained, refusals_of, same_bits, train
 
 # A run that is killed while it writes checkpoint-4, after the first of its files.
 KILLED = """
@@ -105,28 +105,10 @@ REFUSED = {
     "damaged": ({"resume_from_checkpoint": "checkpoint-3"}, ["checkpoint-3", "damaged"]),
 }
 
-NOTEBOOK = """
-import json, sys
-from train_custom_diffusion import main, parse_args
-
-answers = {}
-for name, call in json.loads(sys.stdin.read()).items():
-    try:
-        main(parse_args(call))
-        answers[name] = "went on"
-    except SystemExit as end:
-        answers[name] = str(end)
-print("ANSWERS", json.dumps(answers))
-"""
-
 
 @pytest.fixture(scope="module")
 def refusals(trained, sd2, plain_flags, tmp_path_factory):
     """What each call of REFUSED answered, and what happened to the folder."""
-    import json
-
-    from conftest import flags
-
     folder = copy_run(trained, tmp_path_factory.mktemp("refused"), "checkpoint-4")
     (folder / "checkpoint-1").mkdir()
     shutil.copytree(folder / "checkpoint-4", folder / "checkpoint-3")
@@ -141,9 +123,9 @@ def refusals(trained, sd2, plain_flags, tmp_path_factory):
             values["pretrained_model_name_or_path"] = sd2
         values.pop("cwd")
         calls[name] = flags(**values)
-    process = python(NOTEBOOK, input=json.dumps(calls), cwd=plain_flags["cwd"])
-    answers = json.loads(process.stdout.rpartition("ANSWERS")[2])
-    return answers | {"folder": "as it was" if sorted(folder.rglob("*")) == before else "changed"}
+    return refusals_of(calls, cwd=plain_flags["cwd"]) | {
+        "folder": "as it was" if sorted(folder.rglob("*")) == before else "changed"
+    }
 
 
 @pytest.mark.parametrize("case", REFUSED)
