@@ -637,11 +637,16 @@ def check_instance_prompts(tokenizer, concepts, token_ids, args):
                 fail(f"instance_prompt {concept.instance_prompt!r}", f"the tokenizer finds no {token!r}; set it apart")
 
 
+def tokenize(tokenizer, prompt):
+    """Token ids (tokens,) int64 of a prompt, padded or cut to the length that the text encoder reads."""
+    ids = tokenizer(prompt, padding="max_length", truncation=True, max_length=tokenizer.model_max_length).input_ids
+    return np.array(ids, np.int64)
+
+
 def tokenize_prompts(tokenizer, concepts, args):
-    """Every prompt that training can draw -> its token ids (tokens,) int64, padded; long captions are cut."""
+    """Every prompt that training can draw -> its token ids."""
     prompts = {p for concept in concepts for p in instance_prompts(concept, args) + concept.class_captions}
-    options = {"padding": "max_length", "truncation": True, "max_length": tokenizer.model_max_length}
-    return {prompt: np.array(tokenizer(prompt, **options).input_ids, np.int64) for prompt in prompts}
+    return {prompt: tokenize(tokenizer, prompt) for prompt in prompts}
 
 
 def add_attention_processors(unet, freeze_model, use_xformers):
@@ -865,7 +870,7 @@ def main(args):
     step = checkpoints.resume() if args.resume_from_checkpoint else 0
     dataloader = torch.utils.data.DataLoader(
         draws,
-        sampler=range(step * samples_per_step, max(step, max_train_steps) * samples_per_step),
+        sampler=range(step * samples_per_step, max_train_steps * samples_per_step),
         batch_size=args.train_batch_size,
         num_workers=args.dataloader_num_workers,
         collate_fn=collate,
@@ -1181,10 +1186,9 @@ def prove_reload(args, pipeline):
 @torch.no_grad()
 def probe(pipeline, args):
     """Text encoder's hidden states and UNet's prediction, float32, for one prompt and fixed noisy latents."""
-    tokenizer, unet, text_encoder = pipeline.tokenizer, pipeline.unet.float(), pipeline.text_encoder.float()
-    options = {"padding": "max_length", "truncation": True, "max_length": tokenizer.model_max_length}
-    input_ids = tokenizer(example_prompt(args), return_tensors="pt", **options).input_ids.to(unet.device)
-    hidden = text_encoder(input_ids)[0]
+    unet, text_encoder = pipeline.unet.float(), pipeline.text_encoder.float()
+    input_ids = torch.from_numpy(tokenize(pipeline.tokenizer, example_prompt(args)))
+    hidden = text_encoder(input_ids[None].to(unet.device))[0]
     cells = args.resolution // vae_factor(pipeline.vae.config)
     noise = torch.randn(1, unet.config.in_channels, cells, cells, generator=torch.Generator().manual_seed(0))
     return hidden.cpu(), unet(noise.to(unet.device), 500, hidden).sample.cpu()
