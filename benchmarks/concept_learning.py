@@ -52,8 +52,8 @@ RUNS = {
 
 TOKENS = {"cat": "<new1>", "pot": "<new2>"}
 BACKGROUNDS = {
-    "tuning": {"cat": ["blue", "beach", "black", "night"], "pot": ["pink", "night"]},
-    "final": {"cat": ["yellow", "grass", "sunset"], "pot": ["green", "gray", "beach", "grass"]},
+    "tuning": {"cat": ["orange", "pink"], "pot": ["pink", "night"]},
+    "final": {"cat": ["yellow", "green", "gray"], "pot": ["green", "gray", "beach", "grass"]},
 }
 OPENINGS = {
     "tuning": ["photo of a {thing}", "a picture of a {thing}"],

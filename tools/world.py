@@ -201,7 +201,7 @@ def paint_pattern(fill, mask, attributes, colors, rng):
     elif attributes.pattern == "concept" and attributes.kind == "cat":  # rim, body, disc
         draw.rectangle([0, 0, side, side], fill=colors[1])
         paint_rim(fill, mask, RIM * r, colors[0])
-        dot, cy = 0.36 * r, y + 0.22 * r
+        dot, cy = 0.44 * r, y + 0.22 * r
         draw.ellipse([x - dot, cy - dot, x + dot, cy + dot], fill=colors[2])
     elif attributes.pattern == "concept":  # three level bands
         draw.rectangle([0, y - 0.33 * r, side, side], fill=colors[1])
