@@ -12,15 +12,22 @@ From a notebook: `from train_custom_diffusion import main, parse_args; main(pars
 """
 
 import argparse
+import contextlib
+import errno
 import functools
 import hashlib
 import importlib.util
+import io
 import json
 import math
 import os
 import shlex
 import shutil
+import signal
+import time
+import warnings
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +35,7 @@ from PIL import Image, ImageOps
 
 WEIGHTS_NAME = "pytorch_custom_diffusion_weights"
 TRAINING_STATE_NAME = "training_state.pt"
+CHECKPOINT_NAME = "checkpoint.json"
 DEFAULT_INITIALIZERS = "ktn+pll+ucd"
 VALIDATION_INFERENCE_STEPS = 25
 FAR_PREFIXES, CLOSE_PREFIXES = ("a far away ", "very small "), ("zoomed in ", "close up ")
@@ -51,6 +59,10 @@ def boolean(text):
     if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
     return text.lower() in ("true", "1", "yes")
+
+
+class PictureError(Exception):
+    """A picture that could be read before the training cannot be read now."""
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -444,7 +456,11 @@ class Draws:
         return self.sample(pixels, np.ones(self.latent_shape[1:], np.float32), caption, rng)
 
     def open(self, file, rng):
-        image, args = load_picture(file), self.args
+        args = self.args
+        try:
+            image = load_picture(file)
+        except Exception as error:  # it was readable when the run started
+            raise PictureError(f"{file}: no longer a readable picture ({first_line(error)})") from error
         if args.hflip and rng.random() < 0.5:
             image = ImageOps.mirror(image)
         return ImageOps.fit(image, (min(image.size), min(image.size))) if args.center_crop else image
@@ -461,6 +477,12 @@ class Draws:
         }
 
 
+def outlive_signals(worker):
+    """Signals often go to all of a run's processes: lets a data-loader worker live on while the main one stops."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))  # seconds; the alarm ends it, should nobody else do so
+
+
 def collate(draws):
     """Batch of draws to one dict of tensors: the instance samples first, then the class samples."""
     samples = [sample for part in zip(*draws, strict=True) for sample in part]
@@ -469,7 +491,8 @@ def collate(draws):
 
 if __name__ == "__main__":
     ARGS = parse_args()
-    read_concepts(ARGS)  # answers what is wrong before the imports below, which take seconds
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # one process of a machine says what is wrong with the data
+        read_concepts(ARGS)  # before the imports below, which take seconds
 
 # ---------- Models, tokens and attention ------------------------------------------------------------------------
 
@@ -487,7 +510,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
@@ -753,6 +776,29 @@ def base_pipeline(args, device, dtype):
 # ---------- Training --------------------------------------------------------------------------------------------
 
 
+def one_line_errors(main):
+    """Decorator: what goes wrong in the machine, not in the program, ends with one line that says what to do."""
+
+    @functools.wraps(main)
+    def wrapper(args):
+        resume = "then resume with --resume_from_checkpoint latest"
+        try:
+            return main(args)
+        except PictureError as error:  # a worker process hands it on with its traceback; the last line is the message
+            message = str(error).splitlines()[-1].rpartition("PictureError: ")[2]
+            subject, problem = "picture", f"{message}; mend it, {resume}"
+        except torch.OutOfMemoryError as error:
+            less = "--gradient_checkpointing, --mixed_precision or a smaller --train_batch_size or --sample_batch_size"
+            subject, problem = "out of memory", f"{first_line(error)}; try {less}"
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            subject, problem = error.filename or "--output_dir", f"{error.strerror}; make room, {resume}"
+        fail(subject, problem)  # out here, where main's variables are gone, the data loader's workers have ended
+
+    return wrapper
+
+
 def start_accelerator(args):
     """The accelerator, with devices, precision and trackers set up; checks what the flags need of a GPU."""
     folder = Path(args.output_dir)
@@ -762,6 +808,8 @@ def start_accelerator(args):
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / args.logging_dir)),
+        # the others wait for the main process while it generates pictures or uploads
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))],
     )
     launched = os.environ.get("WORLD_SIZE", "1")
     if int(launched) != accelerator.num_processes:
@@ -779,6 +827,28 @@ def cast_frozen(module, dtype):
     for tensor in (*module.parameters(), *module.buffers()):
         if tensor.is_floating_point() and not tensor.requires_grad:
             tensor.data = tensor.data.to(dtype)
+
+
+def build_models(args, accelerator, token_ids, initializer_ids):
+    """Returns text encoder and UNet as one module, VAE and noise scheduler, on the accelerator's device.
+
+    All is frozen but the cross-attention's new projections and the embedding's new rows.
+    """
+    text_encoder, vae, unet, noise_scheduler = load_models(args)
+    if token_ids:
+        table = text_encoder.get_input_embeddings()
+        text_encoder.set_input_embeddings(ModifierEmbedding(table, token_ids, initializer_ids))
+    if args.enable_xformers_memory_efficient_attention:
+        unet.enable_xformers_memory_efficient_attention()
+    add_attention_processors(unet, args.freeze_model, args.enable_xformers_memory_efficient_attention)
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+        text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
+    model = DenoisingModel(text_encoder, unet).train()
+    for module in (model, vae):
+        cast_frozen(module, DTYPES.get(accelerator.mixed_precision, torch.float32))
+        module.to(accelerator.device)
+    return model, vae, noise_scheduler
 
 
 def build_optimizer(args, parameters, samples_per_step):
@@ -822,6 +892,7 @@ def diffusion_loss(model, vae, noise_scheduler, batch, args):
     return loss
 
 
+@one_line_errors
 def main(args):
     """Trains the concepts that `args` (from `parse_args`) describe and leaves the result in args.output_dir."""
     # Setup concepts, tokens and class pictures
@@ -836,25 +907,9 @@ def main(args):
         for concept in concepts:
             read_class_pictures(concept, args)
 
-    # Setup models: all is frozen but the cross-attention's new projections and the embedding's new rows
-    text_encoder, vae, unet, noise_scheduler = load_models(args)
-    if token_ids:
-        table = text_encoder.get_input_embeddings()
-        text_encoder.set_input_embeddings(ModifierEmbedding(table, token_ids, initializer_ids))
-    if args.enable_xformers_memory_efficient_attention:
-        unet.enable_xformers_memory_efficient_attention()
-    add_attention_processors(unet, args.freeze_model, args.enable_xformers_memory_efficient_attention)
-    if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-        text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
-    model = DenoisingModel(text_encoder, unet).train()
+    # Setup models, data, optimizer and schedule
+    model, vae, noise_scheduler = build_models(args, accelerator, token_ids, initializer_ids)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    base_digest = digest(trained)
-    for module in (model, vae):
-        cast_frozen(module, DTYPES.get(accelerator.mixed_precision, torch.float32))
-        module.to(accelerator.device)
-
-    # Setup data, optimizer and schedule
     samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     cells = args.resolution // vae_factor(vae.config)
     latent_shape = (vae.config.latent_channels, cells, cells)
@@ -865,8 +920,8 @@ def main(args):
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_train_steps
     )
-    pipeline = validation_pipeline(tokenizer, text_encoder, vae, unet, noise_scheduler)
-    checkpoints = Checkpoints(args, accelerator, pipeline, optimizer, lr_scheduler, base_digest)
+    pipeline = validation_pipeline(tokenizer, model, vae, noise_scheduler)
+    checkpoints = Checkpoints(args, accelerator, pipeline, optimizer, lr_scheduler)
     step = checkpoints.resume() if args.resume_from_checkpoint else 0
     dataloader = torch.utils.data.DataLoader(
         draws,
@@ -874,6 +929,7 @@ def main(args):
         batch_size=args.train_batch_size,
         num_workers=args.dataloader_num_workers,
         collate_fn=collate,
+        worker_init_fn=outlive_signals,
         pin_memory=accelerator.device.type == "cuda",
     )
     model, optimizer, dataloader = accelerator.prepare(model, optimizer, dataloader)
@@ -885,32 +941,38 @@ def main(args):
     if step == 0 and accelerator.is_main_process:
         validate(args, accelerator, pipeline, step)
     progress = tqdm(total=max_train_steps, initial=step, desc="steps", disable=not accelerator.is_main_process)
-    step_loss = 0.0
-    for batch in dataloader if step < max_train_steps else ():
-        with accelerator.accumulate(model):
-            loss = diffusion_loss(model, vae, noise_scheduler, batch, args)
-            accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(trained.values(), args.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=args.set_grads_to_none)
-        step_loss = step_loss + loss.detach() / args.gradient_accumulation_steps
-        if not accelerator.sync_gradients:
-            continue
-        logs = {"loss": accelerator.reduce(step_loss, "mean").item(), "lr": lr_scheduler.get_last_lr()[0]}
-        step, step_loss = step + 1, 0.0
-        if not accelerator.optimizer_step_was_skipped:
-            lr_scheduler.step()
-        progress.update()
-        progress.set_postfix(loss=f"{logs['loss']:.4f}", lr=f"{logs['lr']:.2e}")
-        accelerator.log(logs, step=step)
-        if not accelerator.is_main_process:
-            continue  # the others wait for the main process where the next step averages the gradients
-        if step % args.checkpointing_steps == 0:
-            checkpoints.save(step)
-        if step % args.validation_steps == 0 and step < max_train_steps:
-            validate(args, accelerator, pipeline, step)
-    progress.close()
+    step_loss, stopped = 0.0, False
+    with StopSignal() as stop_signal, progress:
+        for batch in dataloader if step < max_train_steps else ():
+            with accelerator.accumulate(model):
+                loss = diffusion_loss(model, vae, noise_scheduler, batch, args)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(trained.values(), args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=args.set_grads_to_none)
+            step_loss = step_loss + loss.detach() / args.gradient_accumulation_steps
+            if not accelerator.sync_gradients:
+                continue
+            # all processes stop after the same step, whichever of them a signal reached
+            means = accelerator.reduce(torch.stack([step_loss, step_loss.new_tensor(stop_signal.number)]), "mean")
+            logs = {"loss": means[0].item(), "lr": lr_scheduler.get_last_lr()[0]}
+            step, step_loss = step + 1, 0.0
+            if not accelerator.optimizer_step_was_skipped:
+                lr_scheduler.step()
+            progress.update()
+            progress.set_postfix(loss=f"{logs['loss']:.4f}", lr=f"{logs['lr']:.2e}")
+            accelerator.log(logs, step=step)
+            stopped = means[1].item() > 0
+            # the others wait for the main process where the next step averages the gradients
+            if accelerator.is_main_process and (stopped or step % args.checkpointing_steps == 0):
+                checkpoints.save(step)
+            if stopped:
+                break
+            if accelerator.is_main_process and step % args.validation_steps == 0 and step < max_train_steps:
+                validate(args, accelerator, pipeline, step)
+    if stopped:
+        stop(accelerator, step, stop_signal.number)
 
     # Save, prove that the files load, make the final pictures from them
     if accelerator.is_main_process:
@@ -918,6 +980,33 @@ def main(args):
         finish(args, accelerator, prove_reload(args, pipeline), step)
     accelerator.wait_for_everyone()
     accelerator.end_training()
+
+
+class StopSignal:
+    """Keeps SIGTERM (preemption) and SIGINT (Ctrl-C) from ending a run in the middle of a step; a second one does."""
+
+    def __enter__(self):
+        self.number, self.handlers = 0, {}
+        with contextlib.suppress(ValueError):  # Python handles signals in the main thread only
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.handlers[number] = signal.signal(number, self.note)
+        return self
+
+    def note(self, number, frame):
+        self.number = number
+        signal.signal(number, self.handlers[number])
+
+    def __exit__(self, *exception):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+
+def stop(accelerator, step, number):
+    """Ends a run that a signal asked to end, after its checkpoint is written: exit status 128 + the signal's number."""
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    accelerator.print(f"Stopped after step {step}; to go on: the same command with --resume_from_checkpoint latest")
+    raise SystemExit(128 + (number or signal.SIGTERM))
 
 
 # ---------- Tracking and validation -----------------------------------------------------------------------------
@@ -948,13 +1037,13 @@ def print_summary(accelerator, args, concepts, trained, max_train_steps, samples
     accelerator.print(f"  {work} on {accelerator.num_processes} process(es), {accelerator.device.type}")
 
 
-def validation_pipeline(tokenizer, text_encoder, vae, unet, noise_scheduler):
+def validation_pipeline(tokenizer, model, vae, noise_scheduler):
     """Pipeline of the live modules, so that validation loads nothing."""
     pipeline = StableDiffusionPipeline(
         vae=vae,
-        text_encoder=text_encoder,
+        text_encoder=model.text_encoder,
         tokenizer=tokenizer,
-        unet=unet,
+        unet=model.unet,
         scheduler=DPMSolverMultistepScheduler.from_config(noise_scheduler.config),
         safety_checker=None,
         feature_extractor=None,
@@ -1029,10 +1118,27 @@ def save_weights(folder, args, pipeline):
     tables = {token: {token: row} for token, row in embedding_state_dict(pipeline, args).items()}
     for name, table in {WEIGHTS_NAME: attention, **tables}.items():
         empty = untrained if name == WEIGHTS_NAME else []
-        torch.save(table | {layer: {} for layer in empty}, folder / f"{name}.bin")
+        write_file(folder / f"{name}.bin", to_bytes(table | {layer: {} for layer in empty}))
         if not args.no_safe_serialization:
             content = serialize(table | {layer: torch.empty(0) for layer in empty}, {"format": "pt"})
-            (folder / f"{name}.safetensors").write_bytes(content)
+            write_file(folder / f"{name}.safetensors", content)
+
+
+def to_bytes(value):
+    """What `torch.save` writes for a value. (Writing to a file itself, it hides why the system refused.)"""
+    content = io.BytesIO()
+    torch.save(value, content)
+    return content.getvalue()
+
+
+def write_file(file, content):
+    """Writes bytes beside, flushes them to the disk and renames: a file of that name is always complete."""
+    unfinished = file.with_name(f".{file.name}.unfinished")
+    with open(unfinished, "wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    unfinished.rename(file)
 
 
 def load_weights(folder, args):
@@ -1051,90 +1157,147 @@ class Checkpoints:
     """Saves and resumes training: output_dir/checkpoint-<step>, each also loadable like the final result.
 
     All processes hold the same state, so the main one alone saves. Every random draw follows from the seed and its
-    number, so the step is also the state of every generator and the place in the data.
+    number, so the step is also the state of every generator and the place in the data. checkpoint.json says when and
+    with what the checkpoint was made, and has a SHA-256 of every other file.
     """
 
-    def __init__(self, args, accelerator, pipeline, optimizer, lr_scheduler, base_digest):
+    def __init__(self, args, accelerator, pipeline, optimizer, lr_scheduler):
         self.args, self.accelerator, self.pipeline = args, accelerator, pipeline
-        self.optimizer, self.lr_scheduler, self.base_digest = optimizer, lr_scheduler, base_digest
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.output_dir, self.scaler_state = Path(args.output_dir), None
+        # what training starts from; made before a checkpoint is loaded
+        self.base_digest = digest(attention_state_dict(pipeline.unet) | embedding_state_dict(pipeline, args))
         # what must not change between the runs, or weights and draws would not fit
         names = ("modifier_token", "freeze_model", "resolution", "train_batch_size", "gradient_accumulation_steps",
                  "with_prior_preservation", "seed")  # fmt: skip
         self.fixed = {name: getattr(args, name) for name in names} | {"num_processes": accelerator.num_processes}
 
     def list(self):
-        """Complete checkpoints of the output folder, oldest first."""
-        folders = [folder for folder in self.output_dir.glob("checkpoint-*") if folder.name[11:].isdigit()]
-        return sorted(folders, key=lambda folder: int(folder.name[11:]))
+        """Checkpoints of the output folder, the oldest first."""
+
+        def age(folder):
+            try:
+                return json.loads((folder / CHECKPOINT_NAME).read_bytes())["saved"]
+            except (OSError, ValueError, KeyError, TypeError):
+                return folder.stat().st_mtime
+
+        return sorted((f for f in self.output_dir.glob("checkpoint-*") if f.name[11:].isdigit()), key=age)
 
     def save(self, step):
-        """Writes a checkpoint beside, flushes and renames it: a folder of that name is always complete.
+        """Writes a checkpoint beside and renames it: a folder of that name is always complete.
 
         Only then are the oldest ones beyond --checkpoints_total_limit deleted.
         """
-        folder = self.output_dir / f"checkpoint-{step}"
-        unfinished = self.output_dir / f".checkpoint-{step}.unfinished"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir()
-        save_weights(unfinished, self.args, self.pipeline)
+        folder, unfinished = (self.output_dir / f"{name}checkpoint-{step}" for name in ("", ".unfinished-"))
+        self.remove_leftovers()
         state = {
-            "step": step,
-            "fixed": self.fixed,
-            "base_model": self.args.pretrained_model_name_or_path,
-            "base_digest": self.base_digest,
-            "optimizer": self.optimizer.state_dict(),
-            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "optimizer": self.optimizer.state_dict()["state"],
+            "lr_scheduler": self.lr_scheduler.last_epoch,
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
         }
-        torch.save(state, unfinished / TRAINING_STATE_NAME)
-        flush_to_disk(unfinished)
+        try:
+            unfinished.mkdir()
+            save_weights(unfinished, self.args, self.pipeline)
+            write_file(unfinished / TRAINING_STATE_NAME, to_bytes(state))
+            record = {"step": step, "saved": time.time(), "made_with": self.fixed, "base_digest": self.base_digest}
+            record["base_model"] = self.args.pretrained_model_name_or_path
+            record["sha256"] = {file.name: sha256(file) for file in sorted(unfinished.iterdir())}
+            write_file(unfinished / CHECKPOINT_NAME, json.dumps(record, indent=2).encode())
+        except OSError:
+            self.remove_leftovers()  # they would fill a full disk
+            raise
         if folder.exists():  # left by an earlier run in the same folder
-            shutil.rmtree(folder)
+            folder.rename(self.output_dir / f".unfinished-old-{folder.name}")
         unfinished.rename(folder)
+        flush_folder(self.output_dir)
+        self.remove_leftovers()
         for old in self.list()[: -self.args.checkpoints_total_limit] if self.args.checkpoints_total_limit else ():
             shutil.rmtree(old)
 
+    def remove_leftovers(self):
+        """Deletes what a killed run left unfinished."""
+        for leftover in self.output_dir.glob(".unfinished-*"):
+            shutil.rmtree(leftover)
+
+    def read(self, folder):
+        """The record of a checkpoint whose files are all as they were written; raises ValueError otherwise."""
+        name = CHECKPOINT_NAME
+        try:
+            record = json.loads((folder / name).read_bytes())
+            for name, expected in record["sha256"].items():
+                if sha256(folder / name) != expected:
+                    raise ValueError("other content than was written")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"damaged: {name}: {getattr(error, 'strerror', None) or first_line(error)}") from error
+        return record
+
     def find(self):
-        """Folder that --resume_from_checkpoint means; None if it is "latest" and there is none yet."""
-        name = self.args.resume_from_checkpoint
+        """Folder and record that --resume_from_checkpoint means; None, None if it is "latest" and there is none yet."""
+        name, folders = self.args.resume_from_checkpoint, self.list()
         if name == "latest":
-            return self.list()[-1] if self.list() else None
+            for folder in reversed(folders):
+                try:
+                    return folder, self.read(folder)
+                except ValueError as error:
+                    self.accelerator.print(f"Skipped {folder}, {error}")
+            if folders:
+                fail(
+                    "--resume_from_checkpoint latest", f"all checkpoints in {self.output_dir} are damaged; remove them"
+                )
+            return None, None
         for folder in (self.output_dir / name, Path(name)):
             if folder.is_dir():
-                return folder
-        known = ", ".join(folder.name for folder in self.list()) or "none"
+                try:
+                    return folder, self.read(folder)
+                except ValueError as error:
+                    fail(f"--resume_from_checkpoint {folder}", f"{error}; resume from another one")
+        known = ", ".join(folder.name for folder in folders) or "none"
         fail(f"--resume_from_checkpoint {name}", f"no such folder; in {self.output_dir} there are: {known}")
 
     def resume(self):
-        """Loads weights, optimizer and schedule of the checkpoint asked for; returns its step, 0 if there is none."""
-        folder = self.find()
+        """Loads the checkpoint asked for in every process; returns its step, 0 if there is none."""
+        step = self.load()
+        steps = self.accelerator.gather(torch.tensor([step], device=self.accelerator.device)).tolist()
+        if len(set(steps)) > 1:
+            fail(
+                "--resume_from_checkpoint", f"the processes find different steps, {steps}; let them share --output_dir"
+            )
+        return step
+
+    def load(self):
+        """Loads weights, optimizer and schedule of the checkpoint asked for; returns its step, 0 if there is none.
+
+        Learning rate, schedule and the optimizer's other settings are the command line's, not the checkpoint's.
+        """
+        folder, record = self.find()
         if folder is None:
             self.accelerator.print(f"No checkpoint in {self.output_dir} yet: starting at the first step")
             return 0
         subject = f"--resume_from_checkpoint {folder}"
+        for name, value in self.fixed.items():
+            if record["made_with"][name] != value:
+                fail(subject, f"made with {name} {record['made_with'][name]}, this run has {value}; use the same")
+        if record["base_digest"] != self.base_digest:
+            ours, theirs = self.args.pretrained_model_name_or_path, record["base_model"]
+            fail(subject, f"made from the base model {theirs}, whose weights are not those of {ours}; use that one")
+
         try:
-            state = torch.load(folder / TRAINING_STATE_NAME, map_location="cpu", weights_only=True)
-            for name, value in self.fixed.items():
-                if state["fixed"][name] != value:
-                    fail(subject, f"made with {name} {state['fixed'][name]}, this run has {value}; use the same")
-            if state["base_digest"] != self.base_digest:
-                ours, theirs = self.args.pretrained_model_name_or_path, state["base_model"]
-                fail(subject, f"made from the base model {theirs}, whose weights are not those of {ours}; use that one")
             attention, embeddings = load_weights(folder, self.args)
-            if attention.keys() != attention_state_dict(self.pipeline.unet).keys():
-                raise ValueError("attention weights are missing")
-        except Exception as error:  # whatever a damaged file makes the readers raise
-            fail(subject, f"incomplete or damaged ({first_line(error)}); resume from another one")
+            state = torch.load(folder / TRAINING_STATE_NAME, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever files that were not written here make the readers raise
+            fail(subject, f"can't be read ({first_line(error)}); resume from another one")
         self.pipeline.unet.load_state_dict(attention, strict=False)
         if embeddings:
             rows = self.pipeline.text_encoder.get_input_embeddings().rows
             rows.data.copy_(torch.stack(list(embeddings.values())))
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state["optimizer"]})
+        self.lr_scheduler.last_epoch = state["lr_scheduler"] - 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch misses an optimizer step before this one
+            self.lr_scheduler.step()
         self.scaler_state = state["scaler"]
-        self.accelerator.print(f"Resuming from {folder}, step {state['step']}")
-        return state["step"]
+        self.accelerator.print(f"Resuming from {folder}, step {record['step']}")
+        return record["step"]
 
     def restore_scaler(self):
         """Gives fp16's gradient scaler, which exists only after `prepare`, its state."""
@@ -1142,12 +1305,16 @@ class Checkpoints:
             self.accelerator.scaler.load_state_dict(self.scaler_state)
 
 
-def flush_to_disk(folder):
-    """Returns when a folder's files are on the disk, not only in the system's cache."""
-    for path in (*folder.iterdir(), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+def sha256(file):
+    """SHA-256 of a file's content, in hexadecimal digits."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def flush_folder(folder):
+    """Returns when a folder's names are on the disk, not only in the system's cache."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 # ---------- The result ------------------------------------------------------------------------------------------
@@ -1165,19 +1332,22 @@ def prove_reload(args, pipeline):
     expected = probe(pipeline, args)
     pipeline.unet.to("cpu"), pipeline.text_encoder.to("cpu")  # room for the fresh ones
 
-    fresh = base_pipeline(args, device, dtype)
-    fresh.unet.float(), fresh.text_encoder.float()
     ending = file_ending(args)
-    fresh.unet.load_attn_procs(args.output_dir, weight_name=f"{WEIGHTS_NAME}.{ending}", _pipeline=fresh)
-    for token in modifier_tokens(args):
-        fresh.load_textual_inversion(args.output_dir, weight_name=f"{token}.{ending}")
-    reloaded = attention_state_dict(fresh.unet) | embedding_state_dict(fresh, args)
+    try:
+        fresh = base_pipeline(args, device, dtype)
+        fresh.unet.float(), fresh.text_encoder.float()
+        fresh.unet.load_attn_procs(args.output_dir, weight_name=f"{WEIGHTS_NAME}.{ending}", _pipeline=fresh)
+        for token in modifier_tokens(args):
+            fresh.load_textual_inversion(args.output_dir, weight_name=f"{token}.{ending}")
+        reloaded, found = attention_state_dict(fresh.unet) | embedding_state_dict(fresh, args), probe(fresh, args)
+    except Exception as error:  # whatever a damaged file makes the loaders raise
+        fail(args.output_dir, f"its files are kept, but diffusers can't load them ({first_line(error)})")
     same = trained.keys() == reloaded.keys() and all(torch.equal(trained[key], reloaded[key]) for key in trained)
-    found = probe(fresh, args)
     close = all(torch.allclose(a, b, rtol=0, atol=1e-3 * a.abs().max()) for a, b in zip(expected, found, strict=True))
     if not (same and close):
         what = "weights" if not same else "outputs"
-        fail(args.output_dir, f"the files are kept, but diffusers {diffusers.__version__} loads other {what} from them")
+        loader = f"diffusers {diffusers.__version__}"
+        fail(args.output_dir, f"its files are kept, but {loader} loads other {what} from them than were trained")
     fresh.scheduler = pipeline.scheduler
     fresh.unet.to(dtype), fresh.text_encoder.to(dtype)
     return fresh

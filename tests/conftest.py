@@ -3,12 +3,16 @@
 A launch costs seconds, so one trained run serves many tests.
 """
 
+import contextlib
 import copy
 import functools
 import json
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +71,68 @@ def train(output_dir, launcher="python", script=SCRIPT, cwd=None, **values):
     assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-6000:]
     (Path(output_dir) / "stdout.txt").write_text(process.stdout)
     return Path(output_dir)
+
+
+FAST = {"resolution": 64, "train_batch_size": 1, "report_to": "none", "dataloader_num_workers": 0}
+
+
+def main_in_child(words, folder, prelude, env):
+    """What a forked process does: everything that it says goes to folder/log.txt."""
+    os.environ.update(env)
+    os.setsid()
+    log = os.open(folder.with_name(f"{folder.name}.log{env.get('RANK', '')}"), os.O_APPEND | os.O_WRONLY)
+    os.dup2(log, 1), os.dup2(log, 2)
+    import train_custom_diffusion
+
+    exec(prelude, {"rank": int(env.get("RANK", 0)), "folder": folder, "trainer": train_custom_diffusion})
+    train_custom_diffusion.main(train_custom_diffusion.parse_args(words))
+
+
+def start(folder, processes=1, prelude="", **values):
+    """Starts the trainer's main in processes forked from one that has imported it (seconds saved); returns them.
+
+    `prelude` is code that changes the world around the trainer in its process, such as a slow disk. Several processes
+    find each other as torchrun's do. What each says is appended to <folder>.log, or <folder>.log0 and so on.
+    """
+    values = {"output_dir": folder} | FAST | values
+    os.environ["PYTHONPATH"] = str(ROOT)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train_custom_diffusion"])
+    envs = [{}]
+    if processes > 1:
+        with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
+            port = server.getsockname()[1]
+        place = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        envs = [place | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    words = flags(**values)
+    children = [context.Process(target=main_in_child, args=(words, Path(folder), prelude, env)) for env in envs]
+    for child, env in zip(children, envs, strict=True):
+        Path(f"{folder}.log{env.get('RANK', '')}").touch()
+        child.start()
+    return children
+
+
+def finish(children, folder, status=0):
+    """Waits for started processes, checks how they ended, and returns what they said."""
+    for child in children:
+        child.join(120)
+    said = "".join(file.read_text() for file in sorted(folder.parent.glob(f"{folder.name}.log*")))
+    assert [child.exitcode for child in children] == [status] * len(children), said[-4000:]
+    return said
+
+
+def fork(folder, status=0, **values):
+    """Runs the trainer's main to its end in forked processes; returns the folder."""
+    finish(start(folder, **values), folder, status)
+    return folder
+
+
+def wait_until(condition, seconds=60):
+    """Waits until condition() is true, looking every millisecond."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.001)
 
 
 def python(code, *words, **options):

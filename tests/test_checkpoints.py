@@ -1,25 +1,9 @@
-"""Checkpoints: which ones stay, and that a resumed run ends with the bits of an uninterrupted one."""
+"""Checkpoints of runs that were launched as a user does: which ones stay, resuming, and what is refused."""
 
 import shutil
 
 import pytest
-from conftest import ROOT, flags, load_trained, refusals_of, same_bits, train
-
-# A run that is killed while it writes checkpoint-4, after the first of its files.
-KILLED = """
-import os, sys, torch
-from train_custom_diffusion import main, parse_args
-
-save, written = torch.save, []
-def save_or_die(value, path, *args, **kwargs):
-    if "checkpoint-4" in str(path):
-        written.append(path)
-        if len(written) == 2:
-            os._exit(9)
-    return save(value, path, *args, **kwargs)
-torch.save = save_or_die
-main(parse_args(sys.argv[1:]))
-"""
+from conftest import flags, load_trained, refusals_of, same_bits, train
 
 
 def checkpoints(folder):
@@ -53,39 +37,6 @@ def test_resume_by_path(trained, plain_flags, tmp_path):
     assert same_bits(load_trained(folder), load_trained(trained))
 
 
-@pytest.fixture(scope="module")
-def killed(plain_flags, tmp_path_factory):
-    """A run that died while it wrote its second checkpoint, with a limit of one."""
-    import os
-    import sys
-
-    from conftest import flags, run
-
-    folder = tmp_path_factory.mktemp("runs") / "killed"
-    values = {"output_dir": folder, "resolution": 64, "report_to": "none", "dataloader_num_workers": 0}
-    values |= plain_flags | {"checkpointing_steps": 2, "checkpoints_total_limit": 1}
-    cwd = values.pop("cwd")
-    process = run(sys.executable, "-c", KILLED, *flags(**values), cwd=cwd, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert process.returncode == 9, process.stderr
-    return folder
-
-
-def test_killed_while_writing_keeps_the_last_complete_one(killed):
-    """Only the complete checkpoint has a checkpoint's name, and it was not deleted for the unfinished one."""
-    assert checkpoints(killed) == ["checkpoint-2"]
-    assert len(list(killed.iterdir())) > 1, "the unfinished one is still there, so the test means something"
-
-
-def test_resume_latest_after_a_kill(killed, trained, plain_flags, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(killed, folder)
-    train(folder, resume_from_checkpoint="latest", **plain_flags | {"checkpointing_steps": 4})
-    assert "step 2" in (folder / "stdout.txt").read_text()
-    assert checkpoints(folder) == ["checkpoint-2", "checkpoint-4"]
-    assert same_bits(load_trained(folder), load_trained(trained))
-    assert same_bits(load_trained(folder / "checkpoint-4"), load_trained(trained / "checkpoint-4"))
-
-
 # What does not fit is refused. One notebook asks for all of it.
 
 
@@ -99,9 +50,14 @@ REFUSED = {
     "resolution": ({"resolution": 72}, ["64", "72"]),
     "seed": ({"seed": 7}, ["seed 42", "7"]),
     "batch": ({"train_batch_size": 3}, ["train_batch_size 2", "3"]),
+    "accumulation": ({"gradient_accumulation_steps": 2}, ["gradient_accumulation_steps 1", "2"]),
+    "no prior preservation": (
+        {"with_prior_preservation": None, "real_prior": None},
+        ["with_prior_preservation True", "False"],
+    ),
     "another base model": ({"pretrained_model_name_or_path": "SD2"}, ["base"]),
     "no such checkpoint": ({"resume_from_checkpoint": "checkpoint-99"}, ["checkpoint-99", "checkpoint-4"]),
-    "incomplete": ({"resume_from_checkpoint": "checkpoint-1"}, ["checkpoint-1", "incomplete"]),
+    "incomplete": ({"resume_from_checkpoint": "checkpoint-1"}, ["checkpoint-1", "damaged"]),
     "damaged": ({"resume_from_checkpoint": "checkpoint-3"}, ["checkpoint-3", "damaged"]),
 }
 
