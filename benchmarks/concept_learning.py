@@ -39,15 +39,15 @@ CAT = ["--instance_data_dir", "assets/instance/cat", "--instance_prompt", "photo
 CAT += ["--modifier_token", "<new1>", "--initializer_token", "yellow"]
 PRIOR = ["--with_prior_preservation", "--real_prior"]
 CAT_CLASS = ["--class_data_dir", "assets/regularization/cat", "--class_prompt", "cat"]
-SETTINGS = ["--resolution", "128", "--train_batch_size", "4", "--max_train_steps", "600", "--noaug", "--hflip"]
-SETTINGS += ["--learning_rate", "1e-3", "--lr_scheduler", "cosine", "--lr_warmup_steps", "20"]
+SETTINGS = ["--resolution", "128", "--train_batch_size", "8", "--max_train_steps", "500", "--noaug", "--hflip"]
+SETTINGS += ["--learning_rate", "2e-3", "--lr_scheduler", "cosine", "--lr_warmup_steps", "20"]
 QUICKSTART = [*MODEL, *CAT, *PRIOR, *CAT_CLASS, *SETTINGS]
 BOTH = ["--concepts_list", "concept_list.json", "--modifier_token", "<new1>+<new2>"]
 BOTH += ["--initializer_token", "yellow+blue"]
 RUNS = {
     "with prior": QUICKSTART,
     "without prior": [*MODEL, *CAT, *SETTINGS],
-    "cat and pot": [*MODEL, *BOTH, *PRIOR, *SETTINGS, "--max_train_steps", "1000"],
+    "cat and pot": [*MODEL, *BOTH, *PRIOR, *SETTINGS, "--max_train_steps", "800"],
 }
 
 TOKENS = {"cat": "<new1>", "pot": "<new2>"}

@@ -18,11 +18,11 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before torch, diffus
 
 # {token} and {class_prompt} stand for the flags' values. None of these backgrounds is in assets/instance.
 PROMPTS = [
-    "photo of a {token} {class_prompt} on the beach",
-    "photo of a {token} {class_prompt} at night",
-    "photo of a {token} {class_prompt} on a blue background",
-    "photo of a {token} {class_prompt} on a yellow background",
     "photo of a {token} {class_prompt} on the grass",
+    "photo of a {token} {class_prompt} on an orange background",
+    "photo of a {token} {class_prompt} on a pink background",
+    "photo of a {token} {class_prompt} on a yellow background",
+    "photo of a {token} {class_prompt} on a gray background",
 ]
 OTHER_PROMPTS = [
     "photo of a {class_prompt} on the beach",

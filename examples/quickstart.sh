@@ -15,9 +15,9 @@ echo "The training command:"
         --instance_data_dir assets/instance/cat --instance_prompt "photo of a <new1> cat" \
         --modifier_token "<new1>" --initializer_token yellow \
         --with_prior_preservation --real_prior --class_data_dir assets/regularization/cat --class_prompt cat \
-        --resolution 128 --train_batch_size 4 --max_train_steps 600 --noaug --hflip \
-        --learning_rate 1e-3 --lr_scheduler cosine --lr_warmup_steps 20 \
-        --validation_prompt "photo of a <new1> cat on the beach" --validation_steps 200 --num_validation_images 4 \
+        --resolution 128 --train_batch_size 8 --max_train_steps 500 --noaug --hflip \
+        --learning_rate 2e-3 --lr_scheduler cosine --lr_warmup_steps 20 \
+        --validation_prompt "photo of a <new1> cat on the grass" --validation_steps 250 --num_validation_images 4 \
         --output_dir results/quickstart "$@"
 )
 python examples/before_after.py --pretrained_model_name_or_path assets/model --weights_dir results/quickstart \

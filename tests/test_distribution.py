@@ -21,6 +21,8 @@ from conftest import (
     start,
 )
 
+pytestmark = pytest.mark.slow
+
 # The trainer, with a record of everything that its process creates, writes or renames, and of its trained numbers.
 WATCHED = f"""
 import os, sys, threading

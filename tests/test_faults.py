@@ -14,6 +14,8 @@ import time
 import pytest
 from conftest import FAST, LAUNCHERS, SCRIPT, WEIGHTS, finish, flags, fork, load_trained, same_bits, start, wait_until
 
+pytestmark = pytest.mark.slow
+
 STEPS = 6
 SLOW_DISK = """
 import os, time

@@ -7,6 +7,8 @@ import torch
 from conftest import fork, load_trained, same_bits
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+pytestmark = pytest.mark.slow
+
 STEPS = 8  # epochs are 5 draws long
 
 
