@@ -1312,9 +1312,10 @@ def sha256(file):
 
 def flush_folder(folder):
     """Returns when a folder's names are on the disk, not only in the system's cache."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    with contextlib.suppress(PermissionError):  # Windows opens no folders
+        descriptor = os.open(folder, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 # ---------- The result ------------------------------------------------------------------------------------------

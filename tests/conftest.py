@@ -3,6 +3,7 @@
 A launch costs seconds, so one trained run serves many tests.
 """
 
+import atexit
 import contextlib
 import copy
 import functools
@@ -109,6 +110,7 @@ def start(folder, processes=1, prelude="", **values):
     for child, env in zip(children, envs, strict=True):
         Path(f"{folder}.log{env.get('RANK', '')}").touch()
         child.start()
+        atexit.register(child.kill)  # a test that fails may leave it waiting for ever
     return children
 
 
