@@ -24,17 +24,18 @@ class FakeVAE:
         return self.posterior
 
 
+@pytest.mark.parametrize("cells", [8, 12, 64])
 @pytest.mark.parametrize("prior", [False, True])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_loss(prediction_type, prior):
+def test_loss(prediction_type, prior, cells):
     """Instance part: sum over masked elements / sum of the mask, mean over samples. Prior part: plain mean."""
     scheduler = DDPMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type
     )
     n = 4
-    mean, std, eps, noise, predicted = (RNG.standard_normal((n, 4, 8, 8)).astype(np.float32) for _ in range(5))
-    timesteps, mask = np.array([3, 250, 600, 999]), np.ones((n, 1, 8, 8), np.float32)
-    mask[0, 0, :5], mask[1, 0, :, 6:] = 0, 0  # each sample has another sum
+    mean, std, eps, noise, predicted = (RNG.standard_normal((n, 4, cells, cells)).astype(np.float32) for _ in range(5))
+    timesteps, mask = np.array([3, 250, 600, 999]), np.zeros((n, 1, cells, cells), np.float32)
+    mask[0, 0, 2:5, 1:7], mask[1, 0, -1, 0], mask[2, 0, 3:], mask[3] = 1, 1, 1, 1  # each sample has another sum
 
     alphas = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)[timesteps][:, None, None, None]
     latents = (mean + std * eps) * 0.3
@@ -53,7 +54,7 @@ def test_loss(prediction_type, prior):
         return torch.tensor(predicted)
 
     batch = {
-        "pixel_values": torch.zeros(n, 3, 64, 64),
+        "pixel_values": torch.zeros(n, 3, 8 * cells, 8 * cells),
         "mask": torch.tensor(mask),
         "input_ids": torch.arange(n)[:, None],
         "posterior_noise": torch.tensor(eps),
