@@ -307,30 +307,35 @@ class Size:
 
 
 def expected_cells(length, size):
-    """First and second moment of the masked cells along one side of a picture of that length, placed anywhere."""
+    """Masked cells along one side of a picture of that length, placed anywhere: mean, mean square, mean centre."""
     starts = np.arange(size - length + 1)
-    cells = np.maximum(1, (starts + length) // FACTOR - 1 - (starts // FACTOR + 1))  # at least one, so never empty
-    return cells.mean(), (cells**2).mean()
+    first, last = starts // FACTOR + 1, (starts + length) // FACTOR - 1
+    cells = np.maximum(1, last - first)  # at least one, so never empty
+    centres = np.where(first < last, (first + last - 1) / 2, (starts + length // 2) // FACTOR)
+    return cells.mean(), (cells**2).mean(), centres.mean()
 
 
 @pytest.mark.parametrize("size, width, height", [(64, 1, 1), (96, 1, 1), (512, 1, 1), (64, 2, 1), (96, 2, 3)])
 def test_coverage_of_ten_thousand_masks(size, width, height):
     """No mask is empty; how much they cover on average follows from the distribution of scales and places."""
-    rng, covered, first, second = np.random.default_rng(1), [], [], []
+    rng, covered, centres, moments = np.random.default_rng(1), [], [], []
     for _ in range(10_000):
         _, mask = place_instance(Size(60 * width, 60 * height), draw_scale(size, rng), size, FACTOR, rng)
         covered.append(mask.sum())
+        centres.append(np.mean(np.nonzero(mask), 1))
     assert min(covered) > 0
     for scale in range(size // 3, size + 1):
         sides = (max(1, round(side * scale / max(width, height))) for side in (width, height))
-        (mean_x, square_x), (mean_y, square_y) = (expected_cells(side, size) for side in sides)
-        first.append(mean_x * mean_y)
-        second.append(square_x * square_y)
+        (mean_x, square_x, centre_x), (mean_y, square_y, centre_y) = (expected_cells(side, size) for side in sides)
+        moments.append((mean_x * mean_y, square_x * square_y, centre_y, centre_x))
+    first, second, *middle = np.mean(moments, 0)
     whole = (size // FACTOR) ** 2
-    mean = 0.66 * np.mean(first) + 0.34 * whole
-    deviation = np.sqrt(0.66 * np.mean(second) + 0.34 * whole**2 - mean**2)
+    mean = 0.66 * first + 0.34 * whole
+    deviation = np.sqrt(0.66 * second + 0.34 * whole**2 - mean**2)
     assert abs(np.mean(covered) - mean) < 4 * deviation / 100  # four standard errors
     assert abs(np.std(covered) - deviation) < 0.03 * deviation
+    middle = 0.66 * np.array(middle) + 0.34 * (size // FACTOR - 1) / 2
+    assert np.abs(np.mean(centres, 0) - middle).max() < 0.02 + 0.005 * size / FACTOR
 
 
 def test_a_line_of_pixels_fits_into_memory(monkeypatch):
