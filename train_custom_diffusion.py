@@ -24,6 +24,7 @@ import os
 import shlex
 import shutil
 import signal
+import sys
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -46,7 +47,12 @@ FAR_PREFIXES, CLOSE_PREFIXES = ("a far away ", "very small "), ("zoomed in ", "c
 
 def fail(subject, problem):
     """Ends the run with one line on stderr and exit status 1: what (a flag, a file) is wrong, and what to do."""
-    raise SystemExit(f"error: {subject}: {problem}")
+    raise SystemExit(one_line(f"error: {subject}: {problem}")) from None
+
+
+def one_line(text):
+    """Text on one line whatever it quotes: line breaks, control characters, lone surrogates are written out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def first_line(error):
@@ -69,7 +75,7 @@ class OneLineParser(argparse.ArgumentParser):
     """Argument parser whose errors are one line on stderr; exit status 2."""
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, one_line(f"{self.prog}: error: {message}") + "\n")
 
 
 def parse_args(input_args=None):
@@ -179,19 +185,27 @@ def modifier_tokens(args):
     return args.modifier_token.split("+") if args.modifier_token else []
 
 
+def is_text(value):
+    """Whether a value is a string that file names and tokenizer can take: no NUL, no lone surrogates."""
+    return isinstance(value, str) and "\0" not in value and value == value.encode(errors="replace").decode()
+
+
 def find_contradiction(args):
     """First thing that is wrong with the arguments by themselves, as a message; None if nothing is."""
+    for name, value in vars(args).items():
+        if isinstance(value, str) and not is_text(value):
+            return f"--{name} {value!r} is not UTF-8 text: mend it, or set a UTF-8 locale"
     for name in ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps",
                  "sample_batch_size", "num_class_images", "num_validation_images", "validation_steps",
                  "checkpointing_steps", "checkpoints_total_limit", "resolution"):  # fmt: skip
         value = getattr(args, name)
-        if value is not None and value < 1:
-            return f"--{name} is {value}: give 1 or more"
+        if value is not None and not 1 <= value < 2**31:
+            return f"--{name} is {value}: give 1 or more, below 2**31"
     for name in ("learning_rate", "lr_warmup_steps", "adam_weight_decay", "adam_epsilon", "max_grad_norm",
                  "prior_loss_weight", "dataloader_num_workers", "seed"):  # fmt: skip
         value = getattr(args, name)
-        if not (value >= 0 and math.isfinite(value)):
-            return f"--{name} is {value}: give 0 or more"
+        if not 0 <= value < 2**63:  # false for nan
+            return f"--{name} is {value}: give 0 or more, below 2**63"
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(args, name) < 1:
             return f"--{name} is {getattr(args, name)}: give a number from 0 up to, but not including, 1"
@@ -203,11 +217,12 @@ def find_contradiction(args):
                 return f"--{name} is missing: give it, or --concepts_list"
     if args.real_prior and not args.with_prior_preservation:
         return "--real_prior needs --with_prior_preservation: add it, or leave out --real_prior"
-    if args.hub_token and args.report_to in ("wandb", "all"):
-        return "--hub_token with --report_to wandb would hand the token to a tracker: use `hf auth login` instead"
+    if args.hub_token and args.report_to in ("wandb", "comet_ml", "all"):  # they record the command line
+        return f"--hub_token with --report_to {args.report_to} shows it to a tracker: use `hf auth login` instead"
     tokens, initializers = modifier_tokens(args), args.initializer_token.split("+")
     for token in tokens:
-        if not token.strip() or "/" in token or token != token.strip():
+        names_file = "/" not in token and token.isprintable() and len(token.encode()) < 200 and token != WEIGHTS_NAME
+        if not token or token != token.strip() or not names_file:
             return f"--modifier_token {args.modifier_token!r}: {token!r} is no word; give for example '<new1>+<new2>'"
         if tokens.count(token) > 1:
             return f"--modifier_token {args.modifier_token!r}: {token!r} is used twice; give each concept its own"
@@ -225,27 +240,20 @@ class Concept:
 
     instance_prompt: str
     instance_pictures: list
-    class_prompt: str
-    class_data_dir: Path
+    class_prompt: str | None = None
+    class_data_dir: Path | None = None
     class_pictures: list = field(default_factory=list)
     class_captions: list = field(default_factory=list)
 
 
 def read_concepts(args):
     """Reads and checks all that needs no model: concepts, prompts, every picture. Returns a list of `Concept`."""
-    check_environment(args)
-    entries = read_concepts_list(args) if args.concepts_list else [vars(args)]
-    concepts = []
-    for entry in entries:
-        pictures = find_pictures(Path(entry["instance_data_dir"]), "instance_data_dir")
-        class_prompt, class_data_dir = entry.get("class_prompt"), Path(entry.get("class_data_dir") or "")
-        concepts.append(Concept(entry["instance_prompt"], pictures, class_prompt, class_data_dir))
-        if args.with_prior_preservation:
-            read_class_pictures(concepts[-1], args)
-        if not pictures:
-            fail(f"instance_data_dir {entry['instance_data_dir']}", "no pictures in it; put 3 to 20 there")
-        for picture in pictures + concepts[-1].class_pictures:
-            check_picture(picture)
+    try:
+        check_environment(args)
+        entries = read_concepts_list(args) if args.concepts_list else [vars(args)]
+        concepts = [read_concept(entry, args) for entry in entries]
+    except OSError as error:
+        fail(error.filename, f"{error.strerror}; see to its name and permissions")
 
     tokens = modifier_tokens(args)
     for concept in concepts:
@@ -254,44 +262,83 @@ def read_concepts(args):
     for token in tokens:
         if not any(token in concept.instance_prompt for concept in concepts):
             fail("--modifier_token", f"{token!r} is in no instance_prompt, so it would learn nothing; use or drop it")
+    if args.with_prior_preservation and not args.real_prior:
+        classes = {}
+        for concept in concepts:
+            other = classes.setdefault(os.path.realpath(concept.class_data_dir), concept.class_prompt)
+            if other != concept.class_prompt:
+                problem = f"for both {other!r} and {concept.class_prompt!r}; give each class a folder of its own"
+                fail(f"class_data_dir {concept.class_data_dir}", problem)
     return concepts
+
+
+def read_concept(entry, args):
+    """One concept from a dict of the four flags, its pictures checked."""
+    folder = Path(entry["instance_data_dir"])
+    concept = Concept(entry["instance_prompt"], find_pictures(folder, "instance_data_dir"))
+    if args.with_prior_preservation:
+        concept.class_prompt, concept.class_data_dir = entry["class_prompt"], Path(entry["class_data_dir"])
+        read_class_pictures(concept, args)
+    if not concept.instance_pictures:
+        fail(f"instance_data_dir {folder}", "no pictures in it; put 3 to 20 there")
+    for picture in concept.instance_pictures + concept.class_pictures:
+        check_picture(picture)
+    for used in (folder, concept.class_data_dir):
+        if used and os.path.realpath(used) == os.path.realpath(args.output_dir):
+            fail(f"--output_dir {args.output_dir}", "has the pictures to train on; give a folder of its own")
+    return concept
 
 
 def check_environment(args):
     """Fails if a package that a flag asks for is not installed, or output_dir can't be written."""
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        if not os.environ.get(name, "0").removeprefix("-").isdecimal():
+            fail(f"variable {name}", f"{os.environ[name]!r} is no number; unset it, launchers such as torchrun set it")
     wanted = {args.report_to: "--report_to"} if args.report_to in ("tensorboard", "wandb", "comet_ml") else {}
     if args.enable_xformers_memory_efficient_attention:
         wanted["xformers"] = "--enable_xformers_memory_efficient_attention"
     if args.use_8bit_adam:
         wanted["bitsandbytes"] = "--use_8bit_adam"
     for package, name in wanted.items():
-        if importlib.util.find_spec(package) is None:
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:  # None: some folder of that name, such as wandb's own records
             fail(name, f"the package {package} is not installed; `pip install {package}`, or change the flag")
-    folder = Path(args.output_dir)
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    check_writable(Path(args.output_dir), "--output_dir")
+
+
+def check_writable(folder, name):
+    """Fails if a folder can't be written, or made."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        fail(
-            f"--output_dir {folder}", f"{existing} is {'not writable' if existing.is_dir() else 'a file'}; give another"
-        )
+        fail(f"{name} {folder}", f"{existing} is {'not writable' if existing.is_dir() else 'no folder'}; give another")
+
+
+def unique_keys(pairs):
+    """A JSON object as a dict; of a key that is there twice, json would silently drop the first."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError(f"a key twice among {[key for key, _ in pairs]}")
+    return dict(pairs)
 
 
 def read_concepts_list(args):
     """Reads --concepts_list into a list of dicts and checks its form."""
-    subject = f"--concepts_list {args.concepts_list}"
+    subject, file = f"--concepts_list {args.concepts_list}", Path(args.concepts_list)
+    if file.exists() and not file.is_file():  # to open a pipe would wait for ever
+        fail(subject, "no plain file; give a JSON file")
     try:
-        entries = json.loads(Path(args.concepts_list).read_text(encoding="utf-8"))
+        entries = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:
         fail(subject, f"no JSON at line {error.lineno}, column {error.colno}: {error.msg}; mend it")
-    except (OSError, ValueError) as error:
-        fail(subject, f"{getattr(error, 'strerror', None) or 'not UTF-8 text'}; give a JSON file")
+    except (OSError, ValueError, RecursionError) as error:
+        fail(subject, f"{getattr(error, 'strerror', None) or first_line(error)}; give a good JSON file in UTF-8")
     if not isinstance(entries, list) or not entries:
         fail(subject, "not a list of concepts; give [{...}, ...]")
     needed = ["instance_prompt", "instance_data_dir"]
     needed += ["class_prompt", "class_data_dir"] if args.with_prior_preservation else []
     for number, entry in enumerate(entries, start=1):
         for key in needed:
-            if not isinstance(entry, dict) or not isinstance(entry.get(key), str) or not entry[key]:
-                fail(subject, f"concept {number} has no text for the key {key!r}; add it")
+            if not isinstance(entry, dict) or not is_text(entry.get(key)) or not entry[key]:
+                fail(subject, f"concept {number} has no UTF-8 text for the key {key!r}; add it")
     return entries
 
 
@@ -320,7 +367,9 @@ def read_class_pictures(concept, args):
     elif folder.exists():
         pictures = find_pictures(folder, "class_data_dir")
         captions = [concept.class_prompt] * len(pictures)
-    if args.real_prior and not pictures:
+    if not args.real_prior and len(pictures) < args.num_class_images:
+        check_writable(folder, "class_data_dir")
+    elif not pictures:
         command = f"python retrieve.py --class_prompt {shlex.quote(concept.class_prompt)}"
         command += f" --class_data_dir {shlex.quote(str(folder))} --num_class_images {args.num_class_images}"
         fail(f"class_data_dir {folder}", f"no real class pictures in it; run: {command}")
@@ -332,7 +381,11 @@ def read_class_pictures(concept, args):
 
 def read_lines(file):
     """Lines of a text file, as divided by newlines alone."""
-    return file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    try:
+        text = file.read_text(encoding="utf-8-sig").removesuffix("\n")
+    except ValueError as error:
+        fail(file, f"not UTF-8 text ({first_line(error)}); run retrieve.py again")
+    return text.split("\n") if text else []
 
 
 def locate_class_picture(folder, name):
@@ -340,35 +393,35 @@ def locate_class_picture(folder, name):
     for candidate in (Path(name), folder / name):
         if candidate.is_file():
             return candidate
-    fail(f"class_data_dir {folder}", f"images.txt names {name}, which is not there; run retrieve.py again")
+    fail(f"class_data_dir {folder}", f"images.txt names {name!r}, which is not there; run retrieve.py again")
 
 
 @functools.cache
 def check_picture(file):
     """Fails with the picture's name if it can't be decoded. Cached, so that each is decoded once for this."""
     try:
-        load_picture(file)
+        if file.exists() and not file.is_file():  # to open a pipe would wait for ever
+            raise ValueError("no plain file")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, of what is wrong and yet decoded
+            load_picture(file)
     except Exception as error:  # Pillow's decoders raise many kinds
         fail(file, f"not a readable picture ({first_line(error)}); mend or remove it")
 
 
 def load_picture(file):
-    """Decodes a picture to RGB: EXIF orientation applied, alpha composited on white, 16 bits scaled to 8."""
+    """Decodes a picture to RGB: EXIF orientation applied, alpha on white, 16 bits and floats of 0 to 1 scaled to 8."""
     with Image.open(file) as image:
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
+        if image.mode.startswith(("I", "F")):
+            values, white = np.asarray(image), 1 if image.mode == "F" else 65535
+            if not (values.min() >= 0 and values.max() <= white):
+                raise ValueError(f"{image.mode} values outside 0 to {white}")
+            image = Image.fromarray((values * (255 / white)).round().astype(np.uint8))
         if image.has_transparency_data:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
         return image.convert("RGB")
-
-
-def resize(image, side, longer):
-    """Resizes so that the longer (or else the shorter) side is `side` pixels; keeps the aspect ratio."""
-    reference = max(image.size) if longer else min(image.size)
-    size = [max(1, round(length * side / reference)) for length in image.size]
-    return image.resize(size, Image.Resampling.BILINEAR)
 
 
 def draw_scale(size, rng):
@@ -387,9 +440,9 @@ def place_instance(image, scale, size, factor, rng):
     mask = np.zeros((size // factor, size // factor), np.float32)
     if scale > size:
         mask[:] = 1
-        return random_crop(resize(image, scale, longer=False), size, rng), mask
-    image = resize(image, scale, longer=True)
-    width, height = image.size
+        return random_window(image, scale, size, rng), mask
+    width, height = (max(1, round(length * scale / max(image.size))) for length in image.size)
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
     left, top = int(rng.integers(size - width + 1)), int(rng.integers(size - height + 1))
     pixels = np.zeros((size, size, 3), np.float32)
     pixels[top : top + height, left : left + width] = to_pixels(image)
@@ -404,10 +457,17 @@ def inner_cells(start, length, factor):
     return slice(first, last) if first < last else slice(centre, centre + 1)
 
 
-def random_crop(image, size, rng):
-    """Random size x size window of an image as (size, size, 3) float32 in [-1, 1]."""
-    left, top = (int(rng.integers(length - size + 1)) for length in image.size)
-    return to_pixels(image.crop((left, top, left + size, top + size)))
+def random_window(image, scale, size, rng):
+    """Random size x size window of an image resized to `scale` on its shorter side; (size, size, 3) in [-1, 1].
+
+    Only the window is computed: the whole of a very long picture would not fit into memory.
+    """
+    width, height = (round(length * scale / min(image.size)) for length in image.size)
+    left, top = int(rng.integers(width - size + 1)), int(rng.integers(height - size + 1))
+    columns = (edge * image.width / width for edge in (left, left + size))
+    rows = (edge * image.height / height for edge in (top, top + size))
+    box = [edge for corner in zip(columns, rows, strict=True) for edge in corner]
+    return to_pixels(image.resize((size, size), Image.Resampling.BILINEAR, box))
 
 
 def to_pixels(image):
@@ -452,7 +512,7 @@ class Draws:
 
     def class_sample(self, file, caption, rng):
         size = self.args.resolution
-        pixels = random_crop(resize(self.open(file, rng), size, longer=False), size, rng)
+        pixels = random_window(self.open(file, rng), size, size, rng)
         return self.sample(pixels, np.ones(self.latent_shape[1:], np.float32), caption, rng)
 
     def open(self, file, rng):
@@ -490,6 +550,7 @@ def collate(draws):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a prompt may have letters that the terminal lacks
     ARGS = parse_args()
     if os.environ.get("LOCAL_RANK", "0") == "0":  # one process of a machine says what is wrong with the data
         read_concepts(ARGS)  # before the imports below, which take seconds
@@ -502,6 +563,7 @@ for variable, value in {
     "DIFFUSERS_VERBOSITY": "error",
 }.items():
     os.environ.setdefault(variable, value)
+warnings.filterwarnings("ignore", module="diffusers|huggingface_hub|transformers")  # what they say of each other
 
 # ruff: noqa: E402
 import diffusers
@@ -520,7 +582,6 @@ from diffusers import (
 )
 from diffusers.models.attention_processor import CustomDiffusionAttnProcessor2_0, CustomDiffusionXFormersAttnProcessor
 from diffusers.optimization import get_scheduler
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import nn
@@ -573,28 +634,56 @@ class DenoisingModel(nn.Module):
 
 def load_part(args, load, part, **kwargs):
     """Loads a part of the base model with `load`; a missing or broken one ends the run with one line."""
-    name = args.tokenizer_name if part == "tokenizer" and args.tokenizer_name else args.pretrained_model_name_or_path
-    subfolder = {} if name == args.tokenizer_name else {"subfolder": part}
+    flag = "tokenizer_name" if part == "tokenizer" and args.tokenizer_name else "pretrained_model_name_or_path"
+    name, subfolder = getattr(args, flag), {} if flag == "tokenizer_name" else {"subfolder": part}
     try:
         return load(name, revision=args.revision, **subfolder, **kwargs)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        fail(f"--pretrained_model_name_or_path {name}", f"no usable {part} ({first_line(error)})")
+    except Exception as error:  # readers of configurations and weights raise many kinds
+        fail(f"--{flag} {name}", f"no usable {part} ({first_line(error)}); give a complete model in diffusers format")
+
+
+def load_tokenizer(args):
+    """Loads the tokenizer of the base model, or --tokenizer_name."""
+
+    def load(*words, **kwargs):
+        tokenizer = CLIPTokenizer.from_pretrained(*words, **kwargs)
+        if tokenizer.unk_token in tokenizer.tokenize("a"):  # what transformers 5 makes of missing files
+            raise ValueError("its vocabulary is empty")
+        return tokenizer
+
+    return load_part(args, load, "tokenizer")
+
+
+def load_network(args, network_class, part):
+    """Loads a network of the base model, frozen and in float32; missing weights, of which loaders only warn, fail."""
+
+    def load(*words, **kwargs):
+        network, info = network_class.from_pretrained(*words, output_loading_info=True, **kwargs)
+        if info["missing_keys"]:
+            raise ValueError(f"no weights for {min(info['missing_keys'])}")
+        return network
+
+    return load_part(args, load, part, variant=args.variant).requires_grad_(False).float()
 
 
 def check_base_model(args):
     """Fails if the base model is no Stable Diffusion, or the resolution does not fit its VAE."""
     name = args.pretrained_model_name_or_path
     subject = f"--pretrained_model_name_or_path {name}"
+    if Path(name).is_file():
+        convert = "StableDiffusionPipeline.from_single_file(file).save_pretrained(folder)"
+        fail(subject, f"a single file; give a folder in diffusers format, which {convert} makes of it")
     if Path(name).is_dir() and not Path(name, "model_index.json").is_file():
         found = ", ".join(sorted(os.listdir(name))[:5]) or "nothing"
         fail(subject, f"no model_index.json in it (found: {found}); give a model in diffusers format")
     try:
         class_name = StableDiffusionPipeline.load_config(name, revision=args.revision)["_class_name"]
-    except (OSError, ValueError) as error:
-        fail(subject, f"neither a model folder nor a hub id within reach ({first_line(error)})")
+    except Exception as error:
+        problem = f"neither a model folder nor a hub id within reach ({first_line(error)})"
+        fail(subject, f"{problem}; see to its name, model_index.json and the network")
     if class_name != "StableDiffusionPipeline":
         fail(subject, f"a {class_name}; give a StableDiffusionPipeline (Stable Diffusion 1.x or 2.x)")
-    factor = vae_factor(load_part(args, AutoencoderKL.load_config, "vae"))
+    factor = load_part(args, lambda *words, **kwargs: vae_factor(AutoencoderKL.load_config(*words, **kwargs)), "vae")
     if args.resolution % factor:
         nearest = max(factor, round(args.resolution / factor) * factor)
         fail(
@@ -609,13 +698,17 @@ def vae_factor(config):
 
 def load_models(args):
     """Returns text encoder, VAE and UNet, frozen and in float32, and the noise scheduler."""
-    variant = {"variant": args.variant}
-    text_encoder = load_part(args, CLIPTextModel.from_pretrained, "text_encoder", **variant).float()
-    vae = load_part(args, AutoencoderKL.from_pretrained, "vae", **variant).float()
-    unet = load_part(args, UNet2DConditionModel.from_pretrained, "unet", **variant).float()
-    for model in (text_encoder, vae, unet):
-        model.requires_grad_(False)
-    return text_encoder, vae, unet, load_part(args, DDPMScheduler.from_pretrained, "scheduler")
+    text_encoder = load_network(args, CLIPTextModel, "text_encoder")
+    vae, unet = load_network(args, AutoencoderKL, "vae"), load_network(args, UNet2DConditionModel, "unet")
+    noise_scheduler = load_part(args, DDPMScheduler.from_pretrained, "scheduler")
+    problem, kind = None, noise_scheduler.config.prediction_type
+    if unet.config.in_channels != vae.config.latent_channels:  # for inpainting, for example
+        problem = f"its UNet takes {unet.config.in_channels} channels, its VAE has {vae.config.latent_channels}"
+    elif kind not in ("epsilon", "v_prediction"):
+        problem = f"its scheduler's prediction_type is {kind!r}, neither 'epsilon' nor 'v_prediction'"
+    if problem:
+        fail(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}", f"{problem}; give another model")
+    return text_encoder, vae, unet, noise_scheduler
 
 
 def resolve_initializer(tokenizer, word, is_default):
@@ -724,9 +817,11 @@ def generate_class_pictures(args, accelerator, concepts):
     Picture i of a class has the same noise whichever process makes it, and a name of its own: processes share the
     work, an interrupted generation goes on where it stopped, and nothing is overwritten.
     """
-    work = []
+    work, folders = [], set()
     for number, concept in enumerate(concepts):
-        concept.class_data_dir.mkdir(parents=True, exist_ok=True)
+        if os.path.realpath(concept.class_data_dir) in folders:
+            continue  # concepts of one class may share its pictures
+        folders.add(os.path.realpath(concept.class_data_dir))
         files = [concept.class_data_dir / f"generated-{i:05d}.png" for i in range(args.num_class_images)]
         missing = [(number, i, file) for i, file in enumerate(files) if not file.exists()]
         work += missing[: args.num_class_images - len(concept.class_pictures)]
@@ -747,6 +842,7 @@ def generate_class_pictures(args, accelerator, concepts):
             width=args.resolution,
         ).images
         for image, (_, _, file) in zip(images, batch, strict=True):
+            file.parent.mkdir(parents=True, exist_ok=True)
             unfinished = file.with_name(f".{file.name}")
             image.save(unfinished, format="PNG")
             unfinished.rename(file)
@@ -760,12 +856,15 @@ def generate_class_pictures(args, accelerator, concepts):
 
 def base_pipeline(args, device, dtype):
     """The base model as it is on disk or on the hub, without a safety checker, quiet."""
-    tokenizer = load_part(args, CLIPTokenizer.from_pretrained, "tokenizer")
+    text_encoder, vae, unet, _ = load_models(args)
     pipeline = StableDiffusionPipeline.from_pretrained(
         args.pretrained_model_name_or_path,
         revision=args.revision,
         variant=args.variant,
-        tokenizer=tokenizer,
+        tokenizer=load_tokenizer(args),
+        text_encoder=text_encoder,
+        vae=vae,
+        unet=unet,
         safety_checker=None,
         requires_safety_checker=False,
     )
@@ -814,6 +913,9 @@ def start_accelerator(args):
     launched = os.environ.get("WORLD_SIZE", "1")
     if int(launched) != accelerator.num_processes:
         fail(f"WORLD_SIZE {launched}", f"accelerate joins only {accelerator.num_processes}, so they would train apart")
+    precision, device = accelerator.mixed_precision, accelerator.device.type
+    if precision not in ("no", *DTYPES) or (precision, device) == ("fp16", "cpu"):
+        fail(f"--mixed_precision {precision}", f"not supported on this {device}; give bf16 or no")
     for name in ("enable_xformers_memory_efficient_attention", "use_8bit_adam"):
         if getattr(args, name) and accelerator.device.type != "cuda":
             fail(f"--{name}", "needs a CUDA GPU and there is none; leave the flag out")
@@ -899,7 +1001,7 @@ def main(args):
     concepts = read_concepts(args)
     accelerator = start_accelerator(args)
     check_base_model(args)
-    tokenizer = load_part(args, CLIPTokenizer.from_pretrained, "tokenizer")
+    tokenizer = load_tokenizer(args)
     token_ids, initializer_ids = add_modifier_tokens(tokenizer, args)
     check_instance_prompts(tokenizer, concepts, token_ids, args)
     if args.with_prior_preservation and not args.real_prior:
@@ -1381,7 +1483,7 @@ def usage_snippet(args, weights):
         f"pipeline = DiffusionPipeline.from_pretrained({args.pretrained_model_name_or_path!r}).to(torch.float32)",
         f"weights = {weights!r}",
         f"pipeline.unet.load_attn_procs(weights, weight_name='{WEIGHTS_NAME}.{ending}', _pipeline=pipeline)",
-        *(f"pipeline.load_textual_inversion(weights, weight_name='{t}.{ending}')" for t in modifier_tokens(args)),
+        *(f"pipeline.load_textual_inversion(weights, weight_name={f'{t}.{ending}'!r})" for t in modifier_tokens(args)),
         f"image = pipeline({example_prompt(args)!r}, num_inference_steps=100, guidance_scale=6.0, eta=1.0).images[0]",
         "image.save('picture.png')",
     ])  # fmt: skip
@@ -1404,7 +1506,15 @@ def create_repository(args):
     try:
         return huggingface_hub.create_repo(repository, exist_ok=True, token=args.hub_token).repo_id
     except Exception as error:  # network, token and name end here
-        fail(f"--push_to_hub {repository}", f"{first_line(error)}; see to the network, `hf auth login`, --hub_model_id")
+        remedy = "see to the network, `hf auth login`, --hub_model_id"
+        fail(f"--push_to_hub {repository}", f"{without_token(first_line(error), args)}; {remedy}")
+
+
+def without_token(text, args):
+    """An error's text without the hub's token, which a server may echo."""
+    for token in filter(None, (args.hub_token, huggingface_hub.get_token())):
+        text = text.replace(token, "***")
+    return text
 
 
 def upload(args, images):
@@ -1418,7 +1528,7 @@ def upload(args, images):
         )
     except Exception as error:  # the result is safe on the disk
         later = f"all is in {args.output_dir}; later: hf upload {repository} {shlex.quote(args.output_dir)}"
-        fail(f"--push_to_hub {repository}", f"{first_line(error)}; {later}")
+        fail(f"--push_to_hub {repository}", f"{without_token(first_line(error), args)}; {later}")
 
 
 def model_card(args, repository, images):

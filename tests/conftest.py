@@ -25,6 +25,7 @@ SCRIPT = ROOT / "train_custom_diffusion.py"
 EMBEDDED = ROOT / "assets" / "model"
 WEIGHTS = "pytorch_custom_diffusion_weights"
 SECRET = "hf_NobodyMayReadThis"
+SECRETS = {"HF_TOKEN": "hf_NorThisOfTheEnvironment", "WANDB_API_KEY": "nobody0may0read0this0key" + "0" * 16}
 
 sys.path.insert(0, str(ROOT))
 os.environ.update(
@@ -58,7 +59,7 @@ def flags(**values):
     return [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
 
 
-def train(output_dir, launcher="python", script=SCRIPT, cwd=None, **values):
+def train(output_dir, launcher="python", script=SCRIPT, cwd=None, env=None, **values):
     """Trains for a few steps at 64 pixels, checks that it ended well, and returns output_dir."""
     defaults = {
         "resolution": 64,
@@ -68,8 +69,9 @@ def train(output_dir, launcher="python", script=SCRIPT, cwd=None, **values):
         "report_to": "none",
         "dataloader_num_workers": 0,
     }
-    process = run(*LAUNCHERS[launcher], script, *flags(output_dir=output_dir, **(defaults | values)), cwd=cwd)
+    process = run(*LAUNCHERS[launcher], script, *flags(output_dir=output_dir, **(defaults | values)), cwd=cwd, env=env)
     assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-6000:]
+    assert secrets_in(process.stdout, process.stderr) == []
     (Path(output_dir) / "stdout.txt").write_text(process.stdout)
     return Path(output_dir)
 
@@ -117,7 +119,7 @@ def start(folder, processes=1, prelude="", **values):
 def finish(children, folder, status=0):
     """Waits for started processes, checks how they ended, and returns what they said."""
     for child in children:
-        child.join(120)
+        child.join(300)
     said = "".join(file.read_text() for file in sorted(folder.parent.glob(f"{folder.name}.log*")))
     assert [child.exitcode for child in children] == [status] * len(children), said[-4000:]
     return said
@@ -129,7 +131,7 @@ def fork(folder, status=0, **values):
     return folder
 
 
-def wait_until(condition, seconds=60):
+def wait_until(condition, seconds=300):
     """Waits until condition() is true, looking every millisecond."""
     end = time.monotonic() + seconds
     while not condition():
@@ -165,7 +167,30 @@ def refusals_of(calls, **options):
     return json.loads(process.stdout.rpartition("ANSWERS")[2])
 
 
+HIDDEN = ("torch", "diffusers", "transformers", "accelerate", "wandb", "tensorboard")
+
+
+@pytest.fixture(scope="session")
+def light_python(tmp_path_factory):
+    """Environment of a Python that can't import the heavy libraries, nor packages that are to be not installed."""
+    folder = tmp_path_factory.mktemp("light")
+    (folder / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({HIDDEN}))\n")
+    return os.environ | {"PYTHONPATH": str(folder)}
+
+
 # Reading what it left
+
+
+def secrets_in(*places):
+    """Which places, texts or folders, have a secret in them; of a folder every file."""
+    names = [secret.encode() for secret in (SECRET, *SECRETS.values())]
+    found = []
+    for place in places:
+        files = [file for file in place.rglob("*") if file.is_file()] if isinstance(place, Path) else [place]
+        for file in files:
+            content = file.encode() if isinstance(file, str) else file.read_bytes() + str(file).encode()
+            found += [file] if any(name in content for name in names) else []
+    return found
 
 
 def load_weights(folder):
@@ -398,6 +423,7 @@ def trained(cat_flags, tmp_path_factory):
         dataloader_num_workers=2,
         scale_lr=True,
         learning_rate=2.5e-3,
+        env=os.environ | SECRETS,
         **cat_flags,
     )
 

@@ -274,7 +274,7 @@ def test_signal_to_torchrun(common, tmp_path):
         )
     wait_until(lambda: "3/150" in log.read_text())
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) != 0
+    assert process.wait(300) != 0
     step = re.search(r"Stopped after step (\d+)", log.read_text()).group(1)
     assert checkpoints(folder) == [f"checkpoint-{step}"]
 

@@ -2,13 +2,14 @@
 
 import base64
 import json
+import os
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import yaml
-from conftest import SCRIPT, SECRET, WEIGHTS, flags, run, same_bits, train
+from conftest import SCRIPT, SECRET, SECRETS, WEIGHTS, flags, python, run, same_bits, secrets_in, train
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -18,7 +19,7 @@ class Hub(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         self.server.tokens.add(self.headers.get("Authorization"))
         address = f"http://{self.headers['Host']}/tester"
-        if self.path == "/api/repos/create":
+        if self.path == "/api/repos/create" and self.server.takes_repositories:
             self.answer({"url": f"{address}/{json.loads(body)['name']}"})
         elif self.path == "/api/validate-yaml":
             yaml.safe_load(json.loads(body)["content"].split("---")[1])
@@ -33,11 +34,13 @@ class Hub(BaseHTTPRequestHandler):
                     self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
             self.answer({"commitUrl": f"{address}/cat/commit/0", "commitOid": "0" * 40})
         else:
-            self.answer({"error": "no"}, 403)
+            header = self.headers.get("Authorization")
+            self.answer({}, 403, f"no to {header}, see {address}?token={header.split()[-1]}")
 
-    def answer(self, value, status=200):
+    def answer(self, value, status=200, error=""):
         content = json.dumps(value).encode()
         self.send_response(status)
+        self.send_header("X-Error-Message", error)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
@@ -51,6 +54,7 @@ class Hub(BaseHTTPRequestHandler):
 def hub(monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.files, server.tokens, server.takes_commits = {}, set(), True
+    server.takes_repositories = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.delenv("HF_HUB_OFFLINE")
@@ -95,12 +99,39 @@ def test_uploads_result_and_model_card(hub, push_flags, sd1, tmp_path):
 
 
 def test_failed_upload_keeps_everything(hub, push_flags, tmp_path):
+    """All but the upload is done, and the answer, which repeats the token, is told without it."""
     hub.takes_commits = False
-    words = flags(output_dir=tmp_path / "out", resolution=64, max_train_steps=1, report_to="none", **push_flags)
-    process = run(sys.executable, SCRIPT, *words)
+    words = flags(output_dir=tmp_path / "out", resolution=64, max_train_steps=1, checkpointing_steps=1, **push_flags)
+    folders = {name: str(tmp_path / name) for name in ("HF_HOME", "TMPDIR")}
+    (tmp_path / "TMPDIR").mkdir()
+    process = run(sys.executable, SCRIPT, *words, env=os.environ | SECRETS | folders)
     assert process.returncode == 1
     assert f"hf upload tester/my-cat {tmp_path / 'out'}" in process.stderr and "Traceback" not in process.stderr
-    assert (tmp_path / "out" / f"{WEIGHTS}.safetensors").is_file()
+    assert "no to Bearer ***, see" in process.stderr and "token=***" in process.stderr
+    assert (tmp_path / "out" / f"{WEIGHTS}.safetensors").is_file() and (tmp_path / "out" / "checkpoint-1").is_dir()
+    assert secrets_in(tmp_path, process.stdout, process.stderr) == []
+
+
+NOTEBOOK = """
+import sys, traceback
+from train_custom_diffusion import main, parse_args
+try:
+    main(parse_args(sys.argv[1:]))
+except SystemExit:
+    print(traceback.format_exc())
+"""
+
+
+def test_refused_repository(hub, push_flags, tmp_path, monkeypatch):
+    """Told before training, and the token is in no exception; so if the token is in the environment, too."""
+    hub.takes_repositories = False
+    monkeypatch.setenv("HF_TOKEN", SECRETS["HF_TOKEN"])
+    for token in (SECRET, None):
+        values = push_flags | {"hub_token": token, "output_dir": tmp_path / "out", "resolution": 64}
+        process = python(NOTEBOOK, *flags(**values, report_to="none"))
+        assert "error: --push_to_hub my-cat" in process.stdout and "no to Bearer ***" in process.stdout
+        assert "Training" not in process.stdout
+        assert secrets_in(tmp_path, process.stdout, process.stderr) == []
 
 
 def test_unreachable_hub_stops_before_training(hub, push_flags, monkeypatch, tmp_path):

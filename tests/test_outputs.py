@@ -1,6 +1,7 @@
 """What a run leaves, opened with diffusers itself: weights in both formats, pictures, logs."""
 
 import importlib.util
+import os
 import re
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from conftest import (
     EMBEDDED,
     ROOT,
-    SECRET,
+    SECRETS,
     WEIGHTS,
     base_weights,
     distance,
@@ -18,6 +19,7 @@ from conftest import (
     load_weights,
     prediction,
     python,
+    secrets_in,
     train,
 )
 from PIL import Image
@@ -182,10 +184,10 @@ def test_tensorboard(trained):
     assert {event.step for tag in found["images"].values() for event in tag} == {0, 3, 6}
 
 
-def test_hub_token_is_in_no_file(trained):
-    files = [file for file in trained.rglob("*") if file.is_file()]
-    assert len(files) > 10
-    assert [file for file in files if SECRET.encode() in file.read_bytes()] == []
+def test_secrets_are_in_no_file(trained, bin_only):
+    """Tokens of the hub and of wandb, as a flag and in the environment; trackers are tensorboard and wandb."""
+    assert len(list(trained.rglob("*"))) > 10 and list(bin_only.glob("wandb/*"))
+    assert secrets_in(trained, bin_only) == []
 
 
 @pytest.fixture(scope="session")
@@ -200,7 +202,7 @@ def bin_only(cat_flags, tmp_path_factory):
         "max_train_steps": 2,
         "checkpointing_steps": 2,
     }
-    return train(tmp_path_factory.mktemp("runs") / "bin_only", **flags)
+    return train(tmp_path_factory.mktemp("runs") / "bin_only", env=os.environ | SECRETS, **flags)
 
 
 def test_bin_only(bin_only, sd1):

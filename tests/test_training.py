@@ -37,8 +37,9 @@ def recorded_forward(self, input_ids=None, *args, **kwargs):
 def keep(cls):
     load = cls.from_pretrained
     def loader(*args, **kwargs):
-        model = load(*args, **kwargs)
-        return models.setdefault(cls.__name__, model) and model
+        loaded = load(*args, **kwargs)
+        models.setdefault(cls.__name__, loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
     cls.from_pretrained = loader
 DDPMScheduler.add_noise, CLIPTextModel.forward = recorded_add_noise, recorded_forward
 keep(UNet2DConditionModel), keep(CLIPTextModel), keep(AutoencoderKL)
