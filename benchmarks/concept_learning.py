@@ -37,13 +37,13 @@ from before_after import WEIGHTS_NAME, generate, load_concept, load_pipeline
 MODEL = ["--pretrained_model_name_or_path", "assets/model"]
 CAT = ["--instance_data_dir", "assets/instance/cat", "--instance_prompt", "photo of a <new1> cat"]
 CAT += ["--modifier_token", "<new1>", "--initializer_token", "yellow"]
-PRIOR = ["--with_prior_preservation", "--real_prior"]
+PRIOR = ["--with_prior_preservation", "--prior_loss_weight", "0.25", "--real_prior"]
 CAT_CLASS = ["--class_data_dir", "assets/regularization/cat", "--class_prompt", "cat"]
 SETTINGS = ["--resolution", "128", "--train_batch_size", "8", "--max_train_steps", "500", "--noaug", "--hflip"]
 SETTINGS += ["--learning_rate", "2e-3", "--lr_scheduler", "cosine", "--lr_warmup_steps", "20"]
 QUICKSTART = [*MODEL, *CAT, *PRIOR, *CAT_CLASS, *SETTINGS]
 BOTH = ["--concepts_list", "concept_list.json", "--modifier_token", "<new1>+<new2>"]
-BOTH += ["--initializer_token", "yellow+blue"]
+BOTH += ["--initializer_token", "yellow+orange"]
 RUNS = {
     "with prior": QUICKSTART,
     "without prior": [*MODEL, *CAT, *SETTINGS],

@@ -14,7 +14,8 @@ echo "The training command:"
         --pretrained_model_name_or_path assets/model \
         --instance_data_dir assets/instance/cat --instance_prompt "photo of a <new1> cat" \
         --modifier_token "<new1>" --initializer_token yellow \
-        --with_prior_preservation --real_prior --class_data_dir assets/regularization/cat --class_prompt cat \
+        --with_prior_preservation --prior_loss_weight 0.25 --real_prior \
+        --class_data_dir assets/regularization/cat --class_prompt cat \
         --resolution 128 --train_batch_size 8 --max_train_steps 500 --noaug --hflip \
         --learning_rate 2e-3 --lr_scheduler cosine --lr_warmup_steps 20 \
         --validation_prompt "photo of a <new1> cat on the grass" --validation_steps 250 --num_validation_images 4 \
