@@ -244,35 +244,34 @@ def collect(args, journal, pictures):
                     failures[kind] += 1
                     continue
                 digests.add(outcome["digest"])
-                record = {"text": candidate["text"] or one_line(args.class_prompt), "url": candidate["url"]}
-                record |= {name: candidate[name] for name in DETAILS if candidate.get(name)}
-                new.append((journal.picture(outcome["digest"]), record | {"pixel_sha256": outcome["digest"]}))
+                new.append((journal.picture(outcome["digest"]), make_record(candidate, outcome["digest"], args)))
                 bar.update()
             promising = sum(not future.done() or not future.result()["failure"] for _, future in queue)
             room = min(missing - len(new), 4 * args.num_workers) - promising
             if room > 0 and not exhausted:
                 try:
                     candidate = next(candidates)
-                    queue.append(
-                        (candidate, journal.outcome(candidate) or pool.submit(obtain, candidate, journal, args))
-                    )
-                except StopIteration:
+                except (StopIteration, SourceError) as error:
                     exhausted = True
-                except SourceError as error:
-                    tqdm.write(str(error))
-                    exhausted = True
+                    if isinstance(error, SourceError):
+                        tqdm.write(str(error))
+                    continue
+                future = journal.outcome(candidate) or pool.submit(obtain, candidate, journal, args)
+                queue.append((candidate, future))
             elif queue:
                 wait([future for _, future in queue if not future.done()], return_when=FIRST_COMPLETED)
             else:
                 return new, failures
-    except KeyboardInterrupt:
-        bar.close()
-        kept = len(pictures) + len(new) + sum(f.done() and not f.result()["failure"] for _, f in queue)
-        print(f"\nInterrupted: {kept} pictures are kept; the same command goes on from there", file=sys.stderr)
-        raise
     finally:
         bar.close()
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def make_record(candidate, digest, args):
+    """What metadata.jsonl says of a picture."""
+    record = {"text": candidate["text"] or one_line(args.class_prompt), "url": candidate["url"]}
+    record |= {name: candidate[name] for name in DETAILS if candidate.get(name)}
+    return record | {"pixel_sha256": digest}
 
 
 def obtain(candidate, journal, args):
@@ -471,12 +470,12 @@ def open_dataset(args):
     loaders = {".parquet": "parquet", ".tar": "webdataset"}
     if path.is_file() and path.suffix not in loaders:
         raise SourceError(f"--dataset {path}: give a .parquet or a webdataset .tar file, or a folder")
-    where = (args.dataset, {})
+    name, options = args.dataset, {}
     if path.is_file():
-        where = (loaders[path.suffix], {"data_files": {args.split: str(path)}})
+        name, options = loaders[path.suffix], {"data_files": {args.split: str(path)}}
     elif described:
-        where = ("imagefolder", {"data_dir": str(path)})
-    rows = datasets.load_dataset(where[0], **where[1], split=args.split, streaming=True)
+        name, options = "imagefolder", {"data_dir": str(path)}
+    rows = datasets.load_dataset(name, **options, split=args.split, streaming=True)
     features = rows.features or next(iter(rows))
     typed = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
     for name in typed:
@@ -564,9 +563,11 @@ def exchange(url, args, deadline, picture, body=None, headers=None):
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise Failure("not an http address")
-        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        connection = kind(parts.hostname, parts.port or kind.default_port)
-        sock = connection.sock = connect(connection, args, deadline, public=picture and not args.allow_private_hosts)
+        default_port = {"http": 80, "https": 443}[parts.scheme]
+        host, port, public = parts.hostname, parts.port or default_port, picture and not args.allow_private_hosts
+        sock = connect(host, port, parts.scheme == "https", args, deadline, public)
+        connection = http.client.HTTPConnection(host, port)
+        connection.sock, connection.default_port = sock, default_port
         hang_up = threading.Timer(seconds_left(deadline) + 0.05, shut_down, [sock])  # a timeout is per read, not in all
         hang_up.daemon = True
         hang_up.start()
@@ -604,13 +605,13 @@ def exchange(url, args, deadline, picture, body=None, headers=None):
             sock.close()
 
 
-def connect(connection, args, deadline, public):
-    """Socket to the connection's host. With `public`, only to addresses that are.
+def connect(host, port, secure, args, deadline, public):
+    """Socket to a host, with TLS if `secure`. With `public`, only to addresses that are.
 
     What is checked is the address that is connected to, not a name that could resolve to another one the next time.
     For the same reason no proxy is used: it would do the resolving.
     """
-    addresses = socket.getaddrinfo(connection.host, connection.port, type=socket.SOCK_STREAM)
+    addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     if public:
         addresses = [address for address in addresses if is_public(address[4][0])]
         if not addresses:
@@ -621,9 +622,7 @@ def connect(connection, args, deadline, public):
             sock.settimeout(min(args.connect_timeout, seconds_left(deadline)))
             sock.connect(address)
             sock.settimeout(seconds_left(deadline))
-            if isinstance(connection, http.client.HTTPSConnection):
-                sock = tls_context().wrap_socket(sock, server_hostname=connection.host)
-            return sock
+            return tls_context().wrap_socket(sock, server_hostname=host) if secure else sock
         except OSError:
             sock.close()
             if number == len(addresses):
@@ -947,9 +946,10 @@ def main(args):
         count = retrieve(**vars(args))
     except RetrieveError as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:  # workers may still wait for a server
+    except KeyboardInterrupt:
+        print("\nInterrupted; the same command goes on from there", file=sys.stderr)
         sys.stdout.flush()
-        os._exit(130)
+        os._exit(130)  # workers may still wait for a server
     if count < args.num_class_images:
         kept = f"only {count} of {args.num_class_images} pictures were to be had; they are kept"
         sys.exit(f"error: {args.class_data_dir}: {kept}: start again, perhaps with another --source, for more")

@@ -4,11 +4,12 @@ import io
 import json
 import os
 import socket
+import ssl
 import time
 import zlib
 
 import pytest
-from conftest import flags, make_picture
+from conftest import flags, make_picture, run
 from web import Web, command, picture_bytes, read_set
 
 import retrieve as script
@@ -274,6 +275,39 @@ def test_proxies_and_netrc_are_not_used(web, local, tmp_path, monkeypatch):
     backend_answers(web, [web.url("/0.jpg")])
     assert retrieve("cat", tmp_path / "cat", 1, source="clip-retrieval", **local) == 1
     assert sent == [None]
+
+
+def test_certificates(web, tmp_path):
+    """https: a certificate that nobody vouches for, or that is another host's, costs the candidate."""
+    files = ["-keyout", tmp_path / "key.pem", "-out", tmp_path / "cert.pem"]
+    words = [
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-subj",
+        "/CN=localhost",
+        "-addext",
+        "subjectAltName=DNS:localhost",
+    ]
+    run("openssl", "req", *words, *files, check=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+    secure = Web(context=context)
+    secure.add_pictures(1)
+    urls = [f"https://{host}:{secure.server_port}/0.jpg" for host in ("127.0.0.1", "localhost")]
+    backend_answers(web, urls)
+    words = flags(backend_url=web.url("/knn-service"), source="clip-retrieval", num_class_images=2, retries=0)
+    try:
+        process = command(tmp_path / "a", *words, "--allow_private_hosts")
+        assert "2 bad certificate" in process.stdout and not secure.asked
+        trusting = os.environ | {"SSL_CERT_FILE": str(tmp_path / "cert.pem")}
+        process = command(tmp_path / "a", *words, "--allow_private_hosts", env=trusting)
+        assert "1 bad certificate" in process.stdout
+        assert [row[2] for row in read_set(tmp_path / "a")] == urls[1:]
+    finally:
+        secure.shutdown()
+        secure.server_close()
 
 
 @pytest.mark.parametrize("answer", ["endless", "slow", "deep"])

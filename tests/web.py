@@ -24,8 +24,10 @@ class Web(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, host="127.0.0.1"):
+    def __init__(self, host="127.0.0.1", context=None):
         super().__init__((host, 0), Handler)
+        if context:
+            self.socket = context.wrap_socket(self.socket, server_side=True)
         self.routes, self.asked, self.lock, self.connections = {}, Counter(), threading.Lock(), 0
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 
