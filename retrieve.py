@@ -517,8 +517,8 @@ def fetch_picture(candidate, args):
 
 def read_row_file(path, args):
     """Bytes of a picture that a dataset's row names: a local file, one in an archive, or one on the hub."""
-    host = (path or "").rpartition("::")[2]
-    if not path or ("://" in host and not host.startswith("hf://")):
+    host = path.rpartition("::")[2] if isinstance(path, str) else ""
+    if not host or ("://" in host and not host.startswith("hf://")):
         raise Failure("no picture")
     import fsspec
 

@@ -375,6 +375,8 @@ def test_dataset_of_urls(web, local, tmp_path):
     options = {"dataset": str(tmp_path / "urls.parquet"), "image_column": "where", "caption_column": "said"}
     assert retrieve("cat", tmp_path / "cat", 3, **options, allow_private_hosts=True) == 2
     assert [row[1:3] for row in read_set(tmp_path / "cat")] == [("a cat", urls[0]), ("the cats", urls[1])]
+    pyarrow.parquet.write_table(pyarrow.table({"image": [1, 2], "text": ["cat", "cat"]}), tmp_path / "urls.parquet")
+    assert retrieve("cat", tmp_path / "b", 3, dataset=str(tmp_path / "urls.parquet")) == 0
 
 
 def test_plurals(tmp_path):

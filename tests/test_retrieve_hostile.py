@@ -93,6 +93,7 @@ HOSTILE = {  # path -> route, and how the summary counts it (None: it gives a pi
         "not a readable picture",
     ),
     "postscript": ((200, JPEG, picture_file("EPS")), "not a readable picture"),
+    "other-format": ((200, JPEG, picture_file("PCX")), "not a readable picture"),
     "nothing": ((200, JPEG, b""), "not a readable picture"),
     "truncated": ((200, JPEG, picture_bytes(901)[:-200]), "not a readable picture"),
     "bomb": ((200, {"Content-Type": "image/png"}, png(30000, 30000)), "too many pixels"),
