@@ -389,8 +389,8 @@ def read_lines(file):
 
 
 def locate_class_picture(folder, name):
-    """File that a line of images.txt means: absolute, or relative to the working folder, or to class_data_dir."""
-    for candidate in (Path(name), folder / name):
+    """File that a line of images.txt means: absolute, or relative to class_data_dir, or to the working folder."""
+    for candidate in (folder / name, Path(name)):
         if candidate.is_file():
             return candidate
     fail(f"class_data_dir {folder}", f"images.txt names {name!r}, which is not there; run retrieve.py again")

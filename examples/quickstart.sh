@@ -6,16 +6,18 @@ source "$(dirname "$0")/../tools/environment.sh" requirements.txt
 export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
 export HF_HUB_OFFLINE=1
 
-echo "The training command:"
+echo "The commands: real class pictures, for prior preservation, and the training"
 (
     set -x
+    python retrieve.py --source dataset --dataset assets/regularization/cat --class_prompt cat \
+        --class_data_dir results/real_reg/cat --num_class_images 200
     accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
         train_custom_diffusion.py \
         --pretrained_model_name_or_path assets/model \
         --instance_data_dir assets/instance/cat --instance_prompt "photo of a <new1> cat" \
         --modifier_token "<new1>" --initializer_token yellow \
         --with_prior_preservation --prior_loss_weight 0.25 --real_prior \
-        --class_data_dir assets/regularization/cat --class_prompt cat \
+        --class_data_dir results/real_reg/cat --class_prompt cat \
         --resolution 128 --train_batch_size 8 --max_train_steps 500 --noaug --hflip \
         --learning_rate 2e-3 --lr_scheduler cosine --lr_warmup_steps 20 \
         --validation_prompt "photo of a <new1> cat on the grass" --validation_steps 250 --num_validation_images 4 \

@@ -432,3 +432,28 @@ def trained(cat_flags, tmp_path_factory):
 def plain_flags(cat_flags):
     """The same training with nothing around it; the learning rate is the scaled one."""
     return cat_flags | {"learning_rate": 2.5e-3 * 2 * 2}
+
+
+# The web that retrieve.py asks
+
+
+@pytest.fixture
+def web():
+    """A web of pictures on loopback, for retrieve.py."""
+    from web import Web
+
+    server = Web()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def local(web):
+    """Options that let retrieve.py reach the pictures and services on loopback, and no others."""
+    return {
+        "backend_url": web.url("/knn-service"),
+        "openverse_url": web.url("/v1/images/"),
+        "allow_private_hosts": True,
+        "retries": 0,
+    }

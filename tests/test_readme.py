@@ -20,7 +20,7 @@ FEWER = [("--max_train_steps=20", "--max_train_steps=2"), ("--max_train_steps=10
 def checkout(tmp_path_factory):
     """A folder like a clone, without this one's results; the quickstart's result stands in for itself."""
     folder = tmp_path_factory.mktemp("checkout")
-    for name in ("assets", "concept_list.json", "train_custom_diffusion.py"):
+    for name in ("assets", "concept_list.json", "retrieve.py", "train_custom_diffusion.py"):
         (folder / name).symlink_to(ROOT / name)
     return folder
 
@@ -55,6 +55,7 @@ def test_bash_blocks(checkout):
     assert blocks
     for code in blocks:
         run_block(checkout, "bash", code)
+    assert len((checkout / "results" / "real_reg" / "cat" / "caption.txt").read_text().splitlines()) == 200
     assert (checkout / "results" / "two-concepts" / "<new2>.safetensors").is_file()
 
 

@@ -1,0 +1,594 @@
+"""retrieve.py as a user runs it: its sources, against servers on loopback, and what it leaves for the trainer."""
+
+import base64
+import csv
+import io
+import json
+import os
+import shlex
+import sys
+import tarfile
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT, flags, make_picture, python, run, train
+from PIL import Image
+from web import SCRIPT, command, picture_bytes, read_set
+
+from retrieve import RetrieveError, one_line, parse_args, retrieve, to_rgb
+
+CATS = ROOT / "assets" / "regularization" / "cat"
+
+
+def openverse_entry(url, number=0, **values):
+    entry = {
+        "id": f"id-{number}",
+        "url": url,
+        "title": f"Cat {number}",
+        "license": "by-sa",
+        "license_version": "2.0",
+        "license_url": "https://creativecommons.org/licenses/by-sa/2.0/",
+        "creator": f"Somebody {number}",
+        "attribution": f'"Cat {number}" by Somebody {number} is licensed under CC BY-SA 2.0.',
+        "mature": False,
+        "width": 80,
+        "height": 80,
+    }
+    return entry | values
+
+
+# Clip-retrieval backends
+
+
+def test_the_guides_command(web, local, tmp_path):
+    """As the guide has it; the default backend is swapped for one on loopback."""
+    queries = web.add_backend(web.add_pictures(250))
+    guide = "python retrieve.py --class_prompt cat --class_data_dir real_reg/samples_cat --num_class_images 200"
+    words = [sys.executable, SCRIPT, *guide.split()[2:], *flags(**local)]
+    process = run(*words, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert "200 pictures" in process.stdout and "Traceback" not in process.stderr
+
+    found = read_set(tmp_path / "real_reg" / "samples_cat")
+    assert len(found) == 200
+    for number, (file, caption, url, _) in enumerate(found):
+        assert (caption, url) == (f"a cat, number {number}", web.url(f"/{number}.jpg"))
+        assert np.abs(np.asarray(Image.open(file), int) - np.asarray(make_picture(number), int)).mean() < 6
+    assert os.listdir(tmp_path) == ["real_reg"] and os.listdir(tmp_path / "real_reg") == ["samples_cat"]
+    # the protocol
+    (query,) = queries
+    assert query == {
+        "text": "cat", "image": None, "image_url": None, "embedding_input": None, "deduplicate": True,
+        "use_safety_model": True, "use_violence_detector": True, "indice_name": "laion_400m", "use_mclip": False,
+        "aesthetic_score": 9, "aesthetic_weight": 0.1, "modality": "image", "num_images": 300, "num_result_ids": 300,
+    }  # fmt: skip
+    # no picture is fetched in vain, and a complete folder asks for nothing
+    assert max(web.asked.values()) == 1 and len(web.asked) == 201
+    start = time.perf_counter()
+    assert run(*words, cwd=tmp_path).returncode == 0
+    assert web.asked.total() == 201 and time.perf_counter() - start < 10
+
+
+def test_defaults_are_the_guides():
+    args = parse_args(["--class_prompt=cat", "--class_data_dir=real_reg/samples_cat"])
+    assert args.backend_url == "https://knn.laion.ai/knn-service" and args.indice_name == "laion_400m"
+    assert (args.source, args.num_class_images, args.num_workers, args.min_size) == ("auto", 200, 16, 64)
+    assert args.max_bytes == 20_000_000 and not args.allow_private_hosts
+
+
+BROKEN = {
+    "502": (502, {}, b"<html>Bad gateway</html>"),
+    "html": (200, {"Content-Type": "text/html"}, b"<html>\nmoved</html>"),
+    "empty": (200, {}, b"[]"),
+    "no urls": (200, {}, b'[{"id": 1, "similarity": 0.3, "caption": "a cat"}]'),
+    "no list": (200, {}, b'{"message": "Internal Server Error"}'),
+    "moved": (301, {"Location": "https://elsewhere.example/"}, b""),
+    "down": None,
+}
+SAYS = {
+    "502": "HTTP 502",
+    "html": "answered no JSON ('<html> moved</html>')",
+    "empty": "answered a list without pictures",
+    "no urls": "answered a list without pictures",
+    "no list": "answered no list of results",
+    "moved": "moved to https://elsewhere.example/",
+    "down": "no connection",
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_useless_backend(fault, web, local, tmp_path, capsys):
+    """auto says in one line what happened and asks Openverse; asked for by name, the backend's fault is the error."""
+    web.routes["/knn-service"] = BROKEN[fault]
+    if fault == "down":
+        local["backend_url"] = "http://127.0.0.1:9/knn-service"
+    web.add_openverse([openverse_entry(url, i) for i, url in enumerate(web.add_pictures(3))])
+    assert retrieve("cat", tmp_path / "cat", 3, **local) == 3
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line == f"--backend_url {local['backend_url']}: {SAYS[fault]}; asking Openverse instead"
+    assert [row[1] for row in read_set(tmp_path / "cat")] == ["Cat 0", "Cat 1", "Cat 2"]
+
+    with pytest.raises(RetrieveError) as error:
+        retrieve("cat", tmp_path / "b" / "cat", 3, source="clip-retrieval", **local)
+    assert str(error.value) == f"--backend_url {local['backend_url']}: {SAYS[fault]}; give another --source"
+    assert not (tmp_path / "b").exists()
+
+
+def test_nothing_answers(local, tmp_path):
+    """Both public services out of reach: one line on stderr, exit status 1, nothing created."""
+    down = "http://127.0.0.1:9/"
+    process = command(tmp_path / "x" / "cat", *flags(backend_url=down, openverse_url=down, retries=0))
+    assert process.returncode == 1
+    (line,) = process.stderr.splitlines()
+    assert line.startswith("error: --openverse_url") and "no connection" in line and "--source" in line
+    assert not (tmp_path / "x").exists()
+
+
+def test_missing_and_odd_captions(web, local, tmp_path):
+    """No caption: the class prompt. Line breaks, control characters and lone surrogates become spaces."""
+    odd = ["a cat\non\r\na\u2028mat\x00\x1b[31m!", None, "", 7, " \ud800 cat \ud83d", "chat, ねこ, 🐈‍⬛"]
+    web.add_backend(web.add_pictures(6), odd)
+    assert retrieve("tabby\ncat", tmp_path / "cat", 6, source="clip-retrieval", **local) == 6
+    captions = [caption for _, caption, _, _ in read_set(tmp_path / "cat")]
+    assert captions == ["a cat on a mat [31m!", "tabby cat", "tabby cat", "tabby cat", "cat", "chat, ねこ, 🐈‍⬛"]
+    assert one_line("a\tb\x85c") == "a b c"
+
+
+def test_entries_that_are_none(web, local, tmp_path):
+    """A backend may answer anything: entries of other types are passed over."""
+    url = web.add_pictures(1)[0]
+    entries = [None, 3, [], {}, {"url": None}, {"url": 5}, {"url": "  "}, {"url": "not a url"}, {"url": "http://["}]
+    entries += [{"url": "http://:99999/x"}, {"url": f"{url}\n"}, {"url": "http://a b/\x00"}]
+    web.routes["/knn-service"] = (200, {}, json.dumps(entries).encode())
+    assert retrieve("cat", tmp_path / "cat", 2, source="clip-retrieval", **local) == 1
+    assert [(row[1], row[2]) for row in read_set(tmp_path / "cat")] == [("cat", url)]
+
+
+def test_index_of_local_files(web, local, tmp_path):
+    """A backend of one's own over a folder answers the pictures themselves."""
+    entries = [
+        {"id": i, "image_path": f"/data/{i}.jpg", "caption": f"cat {i}", "image": base64.b64encode(content).decode()}
+        for i, content in enumerate([picture_bytes(0), b"no picture", picture_bytes(1)])
+    ]
+    web.routes["/knn-service"] = (200, {}, json.dumps([*entries, {"image": "=", "id": 9}]).encode())
+    assert retrieve("cat", tmp_path / "cat", 2, source="clip-retrieval", **local) == 2
+    assert [row[1:3] for row in read_set(tmp_path / "cat")] == [("cat 0", "/data/0.jpg"), ("cat 2", "/data/2.jpg")]
+
+
+def test_asks_for_more_as_urls_run_out(web, local, tmp_path, capsys):
+    """Most urls are dead: the backend is asked for twice as many, until it has no more."""
+    dead = [web.url(f"/dead/{number}.jpg") for number in range(40)]
+    alive = web.add_pictures(10)
+    queries = web.add_backend(dead[:20] + alive[:4] + dead[20:] + alive[4:])
+    assert retrieve("cat", tmp_path / "cat", 10, source="clip-retrieval", **local) == 10
+    assert [query["num_images"] for query in queries] == [15, 30, 60]
+    assert [row[2] for row in read_set(tmp_path / "cat")] == alive
+    assert "Skipped 40 candidates: 40 HTTP 404" in capsys.readouterr().out
+    assert max(web.asked[url.removeprefix(web.url())] for url in dead + alive) == 1
+
+
+def test_fewer_than_asked_for(web, local, tmp_path):
+    """They are kept, exit status 1; started again, only what is missing is asked for."""
+    urls = web.add_pictures(5)
+    web.add_backend(urls[:3])
+    words = flags(num_class_images=5, source="clip-retrieval", **local)
+    process = command(tmp_path / "cat", *words)
+    assert process.returncode == 1 and "only 3 of 5 pictures" in process.stderr.splitlines()[-1]
+    before = read_set(tmp_path / "cat")
+    web.add_backend(urls[2:] + urls[:3])
+    process = command(tmp_path / "cat", *words)
+    assert process.returncode == 0, process.stderr
+    found = read_set(tmp_path / "cat")
+    assert [row[1:3] for row in found[:3]] == [row[1:3] for row in before]
+    assert sorted(row[2] for row in found) == sorted(urls)
+    assert max(web.asked[f"/{number}.jpg"] for number in range(5)) == 1
+
+
+# Openverse
+
+
+def test_openverse(web, local, tmp_path, monkeypatch):
+    """Pages, licence and attribution; mature pictures are skipped; a token is sent and allows larger pages."""
+    urls = web.add_pictures(120)
+    results = [openverse_entry(url, i, mature=i % 2 == 1) for i, url in enumerate(urls)]
+    results[4] |= {"title": None, "creator": None, "attribution": None}
+    queries = web.add_openverse(results)
+    monkeypatch.setenv("OPENVERSE_TOKEN", "secret")
+    assert retrieve("cat", tmp_path / "cat", 55, source="openverse", **local) == 55
+    found = read_set(tmp_path / "cat")
+    assert [row[2] for row in found] == urls[:110:2]
+    assert found[1][3] | {"pixel_sha256": ""} == {
+        "file_name": "1.jpg",
+        "text": "Cat 2",
+        "url": urls[2],
+        "license": "by-sa 2.0",
+        "license_url": "https://creativecommons.org/licenses/by-sa/2.0/",
+        "creator": "Somebody 2",
+        "attribution": '"Cat 2" by Somebody 2 is licensed under CC BY-SA 2.0.',
+        "pixel_sha256": "",
+    }
+    assert found[2][1] == "cat" and "attribution" not in found[2][3]
+    assert [(q["q"], q["page"], q["page_size"], q["token"]) for q in queries] == [
+        ("cat", "1", "100", "Bearer secret"),
+        ("cat", "2", "100", "Bearer secret"),
+    ]
+    assert "secret" not in "".join(file.read_text() for file in (tmp_path / "cat").rglob("*.*t*"))
+
+
+def test_openverse_without_a_token(web, local, tmp_path):
+    """20 a page, about one page a second; the search ends with its last page."""
+    queries = web.add_openverse([openverse_entry(url, i) for i, url in enumerate(web.add_pictures(25))])
+    start = time.monotonic()
+    assert retrieve("cat", tmp_path / "cat", 30, source="openverse", **local) == 25
+    assert time.monotonic() - start >= 1
+    assert [(query["page"], query["page_size"], query["token"]) for query in queries] == [
+        ("1", "20", None),
+        ("2", "20", None),
+    ]
+
+
+def test_rate_limit_is_obeyed(web, local, tmp_path):
+    """429 with Retry-After, as seconds and as a date; one that asks for hours ends the search."""
+    web.add_openverse([openverse_entry(url) for url in web.add_pictures(1)])
+    answer, times = web.routes["/v1/images/"], []
+
+    def limited(handler):
+        times.append(time.monotonic())
+        if len(times) == 1:
+            return handler.answer(b"", 429, {"Retry-After": "1"})
+        if len(times) == 2:
+            date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 2))
+            return handler.answer(b"", 429, {"Retry-After": date})
+        return answer(handler)
+
+    web.routes["/v1/images/"] = limited
+    assert retrieve("cat", tmp_path / "cat", 1, source="openverse", **local | {"retries": 2}) == 1
+    assert times[1] - times[0] >= 1 and times[2] - times[1] >= 0.9
+    web.routes["/v1/images/"] = (429, {"Retry-After": "7200"}, b"")
+    with pytest.raises(RetrieveError, match="HTTP 429"):
+        retrieve("cat", tmp_path / "b", 1, source="openverse", **local | {"retries": 2})
+
+
+def test_search_that_breaks_off(web, local, tmp_path, capsys, monkeypatch):
+    """What the pages before gave is kept."""
+    monkeypatch.setenv("OPENVERSE_TOKEN", "secret")
+    web.add_openverse([openverse_entry(url, i) for i, url in enumerate(web.add_pictures(100))], page_count=9)
+    answer = web.routes["/v1/images/"]
+    web.routes["/v1/images/"] = lambda handler: (
+        answer(handler) if "page=1&" in handler.path else handler.answer(b"", 401)
+    )
+    assert retrieve("cat", tmp_path / "cat", 101, source="openverse", **local) == 100
+    assert "HTTP 401" in capsys.readouterr().out and len(read_set(tmp_path / "cat")) == 100
+
+
+# Datasets
+
+
+def dataset_pictures(count=4):
+    """Files of pictures in several formats, and captions of which all but number 2 mention cats."""
+    contents = [picture_bytes(number, "PNG" if number == 1 else "JPEG") for number in range(count)]
+    captions = ["A CAT on a mat", "two cats", "a catalogue of concatenated things", "the cat's dish"]
+    return contents, captions
+
+
+def save_dataset(form, folder):
+    """Writes `dataset_pictures` in one of the forms; returns what --dataset is to name."""
+    contents, captions = dataset_pictures()
+    folder.mkdir()
+    names = [f"{i}.{'png' if i == 1 else 'jpg'}" for i in range(len(contents))]
+    if form == "parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        images = [{"bytes": content, "path": name} for content, name in zip(contents, names, strict=True)]
+        pyarrow.parquet.write_table(pyarrow.table({"image": images, "caption": captions}), folder / "cats.parquet")
+        return folder / "cats.parquet"
+    if form == "webdataset":
+        with tarfile.open(folder / "cats.tar", "w") as tar:
+            for number, (content, caption) in enumerate(zip(contents, captions, strict=True)):
+                about = json.dumps({"license": "cc0"}).encode()
+                for ending, data in (("jpg", content), ("json", about), ("txt", caption.encode())):
+                    info = tarfile.TarInfo(f"{number:05d}.{ending}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+        return folder / "cats.tar"
+    for name, content in zip(names, contents, strict=True):
+        (folder / name).write_bytes(content)
+    if form == "txt":
+        for number, caption in enumerate(captions):
+            (folder / f"{number}.txt").write_text(caption)
+        (folder / "notes.txt").write_text("not a caption")
+    elif form == "jsonl":
+        rows = [{"file_name": n, "text": c, "license": "cc0"} for n, c in zip(names, captions, strict=True)]
+        (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif form == "csv":
+        with open(folder / "metadata.csv", "w", newline="") as file:
+            csv.writer(file).writerows([("file_name", "text"), *zip(names, captions, strict=True)])
+    return folder
+
+
+NETWORK = {"allowed": True}  # an audit hook can't be taken back
+
+
+def refuse_network(event, _):
+    if not NETWORK["allowed"] and event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname"):
+        raise AssertionError(f"{event} without a need")
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """A connection, or the look-up of a name, is an error."""
+    sys.addaudithook(refuse_network)
+    monkeypatch.setitem(NETWORK, "allowed", False)
+
+
+@pytest.mark.parametrize("form", ["parquet", "webdataset", "txt", "jsonl", "csv"])
+def test_dataset(form, tmp_path, offline):
+    """Rows whose caption has the class as a word are taken, in their order; no network is needed."""
+    dataset = save_dataset(form, tmp_path / "data")
+    assert retrieve("cat", tmp_path / "cat", 3, dataset=str(dataset)) == 3
+    found = read_set(tmp_path / "cat")
+    assert [row[1] for row in found] == ["A CAT on a mat", "two cats", "the cat's dish"]
+    assert [row[2] for row in found] == [f"{dataset}#{number}" for number in (0, 1, 3)]
+    for (file, *_), number in zip(found, (0, 1, 3), strict=True):
+        assert np.abs(np.asarray(Image.open(file), int) - np.asarray(make_picture(number), int)).mean() < 6
+    assert (found[0][3].get("license") == "cc0") == (form == "jsonl")
+
+
+def test_embedded_pictures(tmp_path, offline):
+    """The repository's own set comes out as it is: the same files in the same order."""
+    assert retrieve("cat", tmp_path / "cat", 200, dataset=str(CATS)) == 200
+    assert (tmp_path / "cat" / "caption.txt").read_bytes() == (CATS / "caption.txt").read_bytes()
+    for number, (file, *_) in enumerate(read_set(tmp_path / "cat")):
+        assert file.read_bytes() == (CATS / "images" / f"{number}.jpg").read_bytes()
+
+
+def test_result_is_a_dataset(tmp_path, offline):
+    """The folder loads with Hugging Face `datasets`, and so can be the source of another."""
+    import datasets
+
+    rows = [{"file_name": f"{i}.jpg", "text": f"cat {i}", "license": "cc0"} for i in range(3)]
+    (tmp_path / "data").mkdir()
+    for number in range(3):
+        (tmp_path / "data" / f"{number}.jpg").write_bytes(picture_bytes(number))
+    (tmp_path / "data" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    retrieve("cat", tmp_path / "a", 3, dataset=str(tmp_path / "data"))
+    loaded = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "a"), split="train", streaming=True)
+    assert [(row["text"], row["license"], row["image"].size) for row in loaded] == [
+        (f"cat {i}", "cc0", (80, 80)) for i in range(3)
+    ]
+    retrieve("cat", tmp_path / "b", 3, dataset=str(tmp_path / "a"))
+    assert [row[0].read_bytes() for row in read_set(tmp_path / "b")] == [
+        row[0].read_bytes() for row in read_set(tmp_path / "a")
+    ]
+
+
+def test_dataset_of_urls(web, local, tmp_path):
+    """A parquet file of urls, as lists of web pictures come; and columns named by flag."""
+    import pyarrow
+    import pyarrow.parquet
+
+    urls = web.add_pictures(2)
+    table = {"where": [urls[0], "file:///etc/passwd", urls[1]], "said": ["a cat", "cat", "the cats"], "text": ["x"] * 3}
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "urls.parquet")
+    options = {"dataset": str(tmp_path / "urls.parquet"), "image_column": "where", "caption_column": "said"}
+    assert retrieve("cat", tmp_path / "cat", 3, **options, allow_private_hosts=True) == 2
+    assert [row[1:3] for row in read_set(tmp_path / "cat")] == [("a cat", urls[0]), ("the cats", urls[1])]
+    pyarrow.parquet.write_table(pyarrow.table({"image": [1, 2], "text": ["cat", "cat"]}), tmp_path / "urls.parquet")
+    assert retrieve("cat", tmp_path / "b", 3, dataset=str(tmp_path / "urls.parquet")) == 0
+
+
+def test_plurals(tmp_path):
+    """Several words, -y and -ies, hyphens; words that only contain the class are others."""
+    captions = {
+        "box": ["two boxes", "a boxer"],
+        "puppy": ["Puppies!", "puppyish"],
+        "tabby cat": ["my Tabby  cats", "tabby, cat"],
+        "t-shirt": ["T-shirts", "tshirt"],
+    }
+    for name, (good, bad) in captions.items():
+        folder = tmp_path / "data" / name
+        folder.mkdir(parents=True)
+        for number, caption in enumerate((bad, good)):
+            (folder / f"{number}.jpg").write_bytes(picture_bytes(number))
+            (folder / f"{number}.txt").write_text(caption)
+        assert retrieve(name, tmp_path / name, 2, dataset=str(folder)) == 1
+        assert read_set(tmp_path / name)[0][1] == one_line(good)
+
+
+def test_unusable_datasets(tmp_path, monkeypatch):
+    """One line that names the dataset and what is wrong; nothing is created."""
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "0.jpg").write_bytes(picture_bytes(0))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 no parquet")
+    (tmp_path / "notes.csv").write_text("text\ncat\n")
+    monkeypatch.chdir(tmp_path)
+    expected = {
+        "plain": "its columns are image; say which one with --caption_column",
+        "empty": "can't be read",
+        "broken.parquet": "can't be read",
+        "notes.csv": "give a .parquet or a webdataset .tar file, or a folder",
+        "no/such/folder": "can't be read",
+        "somebody/something": "can't be read",
+    }
+    for name, problem in expected.items():
+        with pytest.raises(RetrieveError) as error:
+            retrieve("cat", tmp_path / "out" / "cat", 2, dataset=name)
+        assert str(error.value).startswith(f"--dataset {name}: ") and problem in str(error.value)
+        assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+# Pictures
+
+
+def test_conversion(web, local, tmp_path):
+    """EXIF orientation, transparency on white, palette, grey, 16 bits, CMYK; no metadata is left."""
+    base = make_picture(1, 90, 70)
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "Maker"
+    alpha = base.convert("RGBA")
+    alpha.putalpha(Image.linear_gradient("L").resize(base.size))
+    grey = np.asarray(base.convert("L"), np.uint16) * 257
+    saved = {
+        "exif.jpg": (base, {"exif": exif, "comment": b"secret", "icc_profile": b"secret profile", "quality": 95}),
+        "alpha.png": (alpha, {}),
+        "palette.png": (base.quantize(64), {}),
+        "transparent.gif": (base.quantize(64), {"transparency": 0}),
+        "grey.png": (make_picture(2, 90, 70).convert("L"), {}),
+        "sixteen.png": (Image.fromarray(grey), {}),
+        "cmyk.jpg": (base.convert("CMYK"), {"quality": 95}),
+        "lossless.webp": (base, {"lossless": True}),
+    }
+    for name, (image, options) in saved.items():
+        buffer = io.BytesIO()
+        image.save(buffer, Image.registered_extensions()[f".{name.split('.')[1]}"], **options)
+        web.routes[f"/{name}"] = buffer.getvalue()
+    web.add_backend([web.url(f"/{name}") for name in saved])
+    assert retrieve("cat", tmp_path / "cat", len(saved), source="clip-retrieval", **local) == len(saved)
+
+    from train_custom_diffusion import load_picture
+
+    for (file, *_), name in zip(read_set(tmp_path / "cat"), saved, strict=True):
+        (tmp_path / name).write_bytes(web.routes[f"/{name}"])
+        expected = load_picture(tmp_path / name)  # the trainer's own reading
+        image = Image.open(file)
+        assert image.size == expected.size == ((70, 90) if name == "exif.jpg" else (90, 70))
+        assert np.abs(np.asarray(image, int) - np.asarray(expected, int)).mean() < 3, name
+        with Image.open(tmp_path / name) as original:
+            assert np.abs(np.asarray(to_rgb(original), int) - np.asarray(expected, int)).max() <= 1, name
+        content = file.read_bytes()
+        assert not image.getexif() and b"secret" not in content and b"Maker" not in content
+
+
+# The command line
+
+
+def test_help_and_argument_errors_are_quick(tmp_path):
+    """Before anything heavy is imported; argument errors are one line with exit status 2."""
+    heavy = {"torch", "datasets", "pandas", "pyarrow", "numpy", "requests"}
+    for words, status in ((["--help"], 0), (["--num_class_images=0"], 2)):
+        process = run(sys.executable, "-X", "importtime", SCRIPT, "--class_prompt=cat", "--class_data_dir=x", *words)
+        assert process.returncode == status
+        assert not heavy & {line.rpartition("|")[2].strip().split(".")[0] for line in process.stderr.splitlines()}
+
+
+WRONG = {
+    "--num_class_images=many": "--num_class_images",
+    "--num_class_images=0": "give 1 or more",
+    "--num_workers=0": "give 1 or more",
+    "--retries=-1": "give 0 or more",
+    "--timeout=0": "a number of seconds above 0",
+    "--connect_timeout=nan": "a number of seconds above 0",
+    "--source=laion": "invalid choice",
+    "--source=dataset": "needs --dataset",
+    "--source=openverse --dataset=x": "leave one of them out",
+    "--backend_url=ftp://x": "http:// or https://",
+    "--class_prompt=": "is empty",
+    "--images=3": "unrecognized",
+}
+
+
+def test_wrong_arguments(tmp_path, capsys):
+    for words, problem in WRONG.items():
+        with pytest.raises(SystemExit) as end:
+            parse_args(["--class_prompt=cat", f"--class_data_dir={tmp_path / 'cat'}", *words.split()])
+        (line,) = capsys.readouterr().err.splitlines()
+        assert end.value.code == 2 and problem in line
+    with pytest.raises(ValueError, match="--num_workers is 0"):
+        retrieve("cat", tmp_path / "cat", 1, num_workers=0)
+    with pytest.raises(TypeError):
+        retrieve("cat", tmp_path / "cat", 1, num_wrokers=1)
+    assert os.listdir(tmp_path) == []
+
+
+def test_folders_that_can_not_be_used(tmp_path, monkeypatch):
+    """A file, the working folder, a folder with other things in it, a set that does not agree with itself."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "holiday.jpg").write_bytes(picture_bytes(0))
+    (tmp_path / "work").mkdir()
+    (tmp_path / "torn").mkdir()
+    for name, lines in (("images.txt", 2), ("caption.txt", 3), ("urls.txt", 2)):
+        (tmp_path / "torn" / name).write_text("x\n" * lines)
+    (tmp_path / "lost").mkdir()
+    for name in ("images.txt", "caption.txt", "urls.txt"):
+        (tmp_path / "lost" / name).write_text("images/0.jpg\n")
+    monkeypatch.chdir(tmp_path / "work")
+    expected = {
+        "file": "a file",
+        "mine": "holiday.jpg",
+        "work": "inside it",
+        "torn": "2, 3 and 2",
+        "lost": "images/0.jpg",
+    }
+    before = {file: file.is_file() and file.read_bytes() for file in tmp_path.rglob("*")}
+    for name, problem in expected.items():
+        with pytest.raises(RetrieveError, match=problem):
+            retrieve("cat", tmp_path / name, 3, dataset=str(CATS))
+    assert {file: file.is_file() and file.read_bytes() for file in tmp_path.rglob("*")} == before
+    process = command(tmp_path / "file", "--dataset", CATS)
+    assert process.returncode == 1 and process.stderr.startswith("error: --class_data_dir")
+    assert len(process.stderr.splitlines()) == 1
+
+
+def test_folder_of_the_guides_own_script(web, local, tmp_path, monkeypatch):
+    """It wrote paths relative to the working folder and no metadata: such a set is taken up and added to."""
+    folder = tmp_path / "reg" / "cat"
+    (folder / "images").mkdir(parents=True)
+    for number in range(2):
+        (folder / "images" / f"{number}.jpg").write_bytes(picture_bytes(number))
+    (folder / "images.txt").write_text("reg/cat/images/0.jpg\nreg/cat/images/1.jpg\n")
+    (folder / "caption.txt").write_text("one\ntwo\n")
+    (folder / "urls.txt").write_text("http://one/\nhttp://two/\n")
+    monkeypatch.chdir(tmp_path)
+    assert retrieve("cat", "reg/cat", 2) == 2
+    web.add_backend(web.add_pictures(4), ["again", "again", "three", "four"])
+    assert retrieve("cat", "reg/cat", 4, source="clip-retrieval", **local) == 4
+    assert [row[1] for row in read_set(folder)] == ["one", "two", "three", "four"]
+
+
+# The trainer
+
+
+def test_trainer_takes_what_each_source_leaves(web, local, sd1, world, tmp_path):
+    """Three concepts, each with class pictures from another source, in one run of two steps."""
+    urls = web.add_pictures(6)
+    web.add_backend(urls[:3])
+    web.add_openverse([openverse_entry(url, i) for i, url in enumerate(urls[3:])])
+    retrieve("cat", tmp_path / "clip-retrieval", 3, source="clip-retrieval", **local)
+    retrieve("cat", tmp_path / "openverse", 3, source="openverse", **local)
+    retrieve("cat", tmp_path / "dataset", 3, dataset=str(CATS))
+    concept = {"instance_prompt": "a <new1> cat", "class_prompt": "cat", "instance_data_dir": str(world / "my_cat")}
+    sources = ("clip-retrieval", "openverse", "dataset")
+    concepts = [concept | {"class_data_dir": str(tmp_path / source)} for source in sources]
+    (tmp_path / "concepts.json").write_text(json.dumps(concepts))
+    values = {"pretrained_model_name_or_path": sd1, "concepts_list": tmp_path / "concepts.json"}
+    values |= {"with_prior_preservation": True, "real_prior": True, "modifier_token": "<new1>", "num_class_images": 3}
+    folder = train(tmp_path / "out", **values)
+    assert (folder / "stdout.txt").read_text().count("3 class pictures") == 3
+
+
+def test_trainer_names_the_command_that_works(web, local, world, tmp_path):
+    """Without pictures the trainer's error ends in a retrieve.py command; it makes the folder that was missing."""
+    from train_custom_diffusion import parse_args, read_concepts
+
+    values = {"pretrained_model_name_or_path": "m", "instance_data_dir": world / "my_cat", "class_prompt": "cat"}
+    values |= {"instance_prompt": "a cat", "class_data_dir": tmp_path / "real reg" / "cat", "num_class_images": 4}
+    args = parse_args(flags(**values, with_prior_preservation=True, real_prior=True))
+    with pytest.raises(SystemExit) as error:
+        read_concepts(args)
+    words = shlex.split(str(error.value).split("run: python retrieve.py ")[1])
+    web.add_backend(web.add_pictures(6))
+    process = run(sys.executable, SCRIPT, *words, *flags(**local))
+    assert process.returncode == 0, process.stderr
+    (concept,) = read_concepts(args)
+    assert concept.class_captions == [f"a cat, number {number}" for number in range(4)]
+
+
+def test_from_python(tmp_path):
+    """As in a notebook: returns how many pictures are there."""
+    code = "import sys; from retrieve import retrieve; print('COUNT', retrieve('cat', sys.argv[1], 5, dataset=%r))"
+    assert "COUNT 5" in python(code % str(CATS), tmp_path / "cat").stdout
+    assert len(read_set(tmp_path / "cat")) == 5
