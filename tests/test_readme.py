@@ -12,8 +12,7 @@ from conftest import ROOT, run
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"^(<!-- not run: [^\n]+ -->\n)?```(bash|python)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 BLOCKS = [(language, code, bool(marked)) for marked, language, code in BLOCK.findall(README)]
-FEWER = [("--max_train_steps=20", "--max_train_steps=2"), ("--max_train_steps=1000", "--max_train_steps=2"),
-         ("num_inference_steps=100", "num_inference_steps=2")]  # fmt: skip
+FEWER = re.compile(r"(max_train_steps|num_inference_steps)=\d+")
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +25,7 @@ def checkout(tmp_path_factory):
 
 
 def run_block(checkout, language, code):
-    for long, short in FEWER:
-        code = code.replace(long, short)
+    code = FEWER.sub(r"\1=2", code)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     command = ["bash", "-euc", code] if language == "bash" else [sys.executable, "-c", code]
     process = run(*command, cwd=checkout, env=os.environ | {"PATH": path, "PYTHONPATH": "."})
