@@ -21,6 +21,7 @@ import io
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -552,8 +553,8 @@ def collate(draws):
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # a prompt may have letters that the terminal lacks
     ARGS = parse_args()
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # one process of a machine says what is wrong with the data
-        read_concepts(ARGS)  # before the imports below, which take seconds
+    if not re.fullmatch("[1-9][0-9]*", os.environ.get("LOCAL_RANK", "0")):  # one process of a machine says what is
+        read_concepts(ARGS)  # wrong with the data, before the imports below, which take seconds
 
 # ---------- Models, tokens and attention ------------------------------------------------------------------------
 
