@@ -1074,15 +1074,18 @@ def main(args):
                 break
             if accelerator.is_main_process and step % args.validation_steps == 0 and step < max_train_steps:
                 validate(args, accelerator, pipeline, step)
-    if stopped:
-        stop(accelerator, step, stop_signal.number)
 
     # Save, prove that the files load, make the final pictures from them
-    if accelerator.is_main_process:
+    if stopped:
+        accelerator.print(f"Stopped after step {step}; to go on: the same command with --resume_from_checkpoint latest")
+    elif accelerator.is_main_process:
         save_weights(Path(args.output_dir), args, pipeline)
         finish(args, accelerator, prove_reload(args, pipeline), step)
     accelerator.wait_for_everyone()
+    (model,) = accelerator.free_memory(model)  # first: torch can hang if its end is also the process group's
     accelerator.end_training()
+    if stopped:
+        raise SystemExit(128 + (stop_signal.number or signal.SIGTERM))
 
 
 class StopSignal:
@@ -1102,14 +1105,6 @@ class StopSignal:
     def __exit__(self, *exception):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-
-
-def stop(accelerator, step, number):
-    """Ends a run that a signal asked to end, after its checkpoint is written: exit status 128 + the signal's number."""
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    accelerator.print(f"Stopped after step {step}; to go on: the same command with --resume_from_checkpoint latest")
-    raise SystemExit(128 + (number or signal.SIGTERM))
 
 
 # ---------- Tracking and validation -----------------------------------------------------------------------------

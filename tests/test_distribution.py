@@ -41,14 +41,14 @@ import torch
 from accelerate import Accelerator
 from train_custom_diffusion import main, parse_args
 
-end_training = Accelerator.end_training
-def end(self):
+free_memory = Accelerator.free_memory
+def end(self, *objects):
     (model,) = self._models
     trained = {{name: p.detach() for name, p in model.named_parameters() if p.requires_grad}}
     frozen = {{name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}}
     torch.save([trained, frozen], record.name + ".pt")
-    return end_training(self)
-Accelerator.end_training = end
+    return free_memory(self, *objects)
+Accelerator.free_memory = end
 main(parse_args())
 """
 
