@@ -721,7 +721,7 @@ def convert(content, args):
             if not plain:
                 buffer = io.BytesIO()
                 picture.info.clear()  # or comment and colour profile would be written again
-                picture.save(buffer, "JPEG", quality=95)
+                picture.save(buffer, "JPEG", quality=95, subsampling=0)
                 content = buffer.getvalue()
             return content, digest
     except Failure:

@@ -73,26 +73,30 @@ def test_killed_at_every_operation(before, dataset, tmp_path, monkeypatch):
     Each time the folder is what it was, or not there, or complete; and the next run ends as if nothing had been.
     """
     monkeypatch.setattr(os, "fsync", lambda _: None)  # takes time, and a kill does not need it
-    expected = tmp_path / "expected"
+    older, first, expected = tmp_path / "older", tmp_path / "first" / "cat", tmp_path / "expected"
+    older.mkdir()
+    for number in range(2):
+        (older / f"{number}.jpg").write_bytes(picture_bytes(100 + number))
+        (older / f"{number}.txt").write_text("an old cat")
+    retrieve("cat", first, 2, dataset=str(older))
+    if before:
+        shutil.copytree(first, expected)
     retrieve("cat", expected, 3, dataset=str(dataset))
-    expected = contents(expected)
+    expected, start, states = contents(expected), contents(first), Counter()
+    assert len(expected) == 3 and (expected[:2] == start) == bool(before)
     driver = [sys.executable, "-c", KILLED, dataset]
-
-    retrieve("cat", tmp_path / "first" / "cat", before or 1, dataset=str(dataset))
-    first, states = contents(tmp_path / "first" / "cat"), Counter()
-    assert first == expected[: before or 1]
     with subprocess.Popen(driver, env=environment(), stdin=PIPE, stdout=PIPE, text=True, bufsize=1) as process:
         for operation in range(1, 200):
             folder = tmp_path / str(operation) / "cat"
             if before:
-                shutil.copytree(tmp_path / "first" / "cat", folder)
+                shutil.copytree(first, folder)
             process.stdin.write(f"{operation} {folder} 3\n")
             status, found = int(process.stdout.readline()), contents(folder)
             if status == 0:
                 assert found == expected
                 break
             assert status == -signal.SIGKILL
-            assert found in (None, expected) or before and found == first
+            assert found in (None, expected) or before and found == start
             states["none" if found is None else len(found)] += 1
             assert retrieve("cat", folder, 3, dataset=str(dataset)) == 3
             assert contents(folder) == expected and os.listdir(folder.parent) == ["cat"]
