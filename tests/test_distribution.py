@@ -182,6 +182,7 @@ def test_divided_is_the_same(way, divided, sd1):
 def test_one_optimizer_step_for_a_window(way, divided):
     """Three steps were asked for: the optimizer counts three, for each of exactly the trained parameters."""
     folder = divided(*way)
+    assert [checkpoint.name for checkpoint in folder.glob("checkpoint-*")] == ["checkpoint-3"]
     state = torch.load(folder / "checkpoint-3" / "training_state.pt", weights_only=True)
     assert {int(parameter["step"]) for parameter in state["optimizer"].values()} == {3}
     assert state["lr_scheduler"] == 3
