@@ -63,8 +63,10 @@ def check_complete(folder, expected):
 
 def unfinished_files(folder, step):
     """How many files the checkpoint that is being written has so far; None if none is being written."""
-    beside = folder / f".unfinished-checkpoint-{step}"
-    return len(list(beside.iterdir())) if beside.is_dir() else None
+    try:
+        return len(list((folder / f".unfinished-checkpoint-{step}").iterdir()))
+    except FileNotFoundError:
+        return None
 
 
 KILLS = {
