@@ -572,9 +572,8 @@ def exchange(url, args, deadline, picture, body=None, headers=None):
         hang_up.daemon = True
         hang_up.start()
         target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
-        target = urllib.parse.quote(
-            target, safe="!#$%&'()*+,/:;=?@[]~|"
-        )  # what should have been quoted, as browsers do
+        # what should have been quoted, as browsers do
+        target = urllib.parse.quote(target, safe="!#$%&'()*+,/:;=?@[]~|")
         connection.request("POST" if body else "GET", target, body, {"User-Agent": USER_AGENT, **(headers or {})})
         response = connection.getresponse()
         location = response.headers.get("Location")

@@ -844,9 +844,9 @@ def generate_class_pictures(args, accelerator, concepts):
         ).images
         for image, (_, _, file) in zip(images, batch, strict=True):
             file.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = file.with_name(f".{file.name}")
-            image.save(unfinished, format="PNG")
-            unfinished.rename(file)
+            content = io.BytesIO()
+            image.save(content, format="PNG")
+            write_file(file, content.getvalue())
         progress.update(len(batch))
     progress.close()
     del pipeline
@@ -1058,15 +1058,16 @@ def main(args):
             if not accelerator.sync_gradients:
                 continue
             # all processes stop after the same step, whichever of them a signal reached
-            means = accelerator.reduce(torch.stack([step_loss, step_loss.new_tensor(stop_signal.number)]), "mean")
-            logs = {"loss": means[0].item(), "lr": lr_scheduler.get_last_lr()[0]}
+            means = torch.stack([step_loss, step_loss.new_tensor(stop_signal.number)])
+            mean_loss, signalled = accelerator.reduce(means, "mean").tolist()
+            logs = {"loss": mean_loss, "lr": lr_scheduler.get_last_lr()[0]}
             step, step_loss = step + 1, 0.0
             if not accelerator.optimizer_step_was_skipped:
                 lr_scheduler.step()
             progress.update()
             progress.set_postfix(loss=f"{logs['loss']:.4f}", lr=f"{logs['lr']:.2e}")
             accelerator.log(logs, step=step)
-            stopped = means[1].item() > 0
+            stopped = signalled > 0
             # the others wait for the main process where the next step averages the gradients
             if accelerator.is_main_process and (stopped or step % args.checkpointing_steps == 0):
                 checkpoints.save(step)
@@ -1517,7 +1518,7 @@ def upload(args, images):
     """Writes the model card and uploads the result, without checkpoints and logs."""
     repository = create_repository(args)
     Path(args.output_dir, "README.md").write_text(model_card(args, repository, images), encoding="utf-8")
-    ignored = ["checkpoint-*", ".checkpoint-*", f"{args.logging_dir}/*", "wandb/*"]
+    ignored = ["checkpoint-*", ".unfinished-*", ".*.unfinished", f"{args.logging_dir}/*", "wandb/*"]
     try:
         huggingface_hub.upload_folder(
             repo_id=repository, folder_path=args.output_dir, ignore_patterns=ignored, token=args.hub_token

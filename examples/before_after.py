@@ -92,7 +92,6 @@ def generate(pipeline, prompts, seed):
 def fit(image):
     """The picture in a CELL x CELL square."""
     image = image.convert("RGB")
-    image.thumbnail((CELL, CELL), Image.Resampling.LANCZOS)
     scale = CELL / max(image.size)
     return image.resize([round(side * scale) for side in image.size], Image.Resampling.LANCZOS)
 

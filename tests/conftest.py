@@ -385,17 +385,47 @@ def accelerate_config(tmp_path_factory):
     assert process.returncode == 0, process.stderr
 
 
-# Runs that many tests look at
+# What many tests train
 
 
 @pytest.fixture(scope="session")
-def cat_flags(sd1, world):
-    """One concept with real class pictures: six steps."""
+def one_concept(sd1, world):
+    """Flags of one concept and word."""
     return {
         "pretrained_model_name_or_path": sd1,
         "instance_data_dir": world / "my_cat",
         "instance_prompt": "photo of a <new1> cat",
         "modifier_token": "<new1>",
+    }
+
+
+@pytest.fixture(scope="session")
+def two_concepts(sd1, world):
+    """Flags of two concepts and words, with prior preservation; their class pictures are yet to be generated."""
+    return {
+        "pretrained_model_name_or_path": sd1,
+        "concepts_list": world / "concepts.json",
+        "modifier_token": "<New1>+<new2>",
+        "with_prior_preservation": True,
+    }
+
+
+def with_classes(concepts_list, folder_of, file):
+    """Writes a concepts list with class folders of its own, folder_of(class prompt), to `file`, which it returns."""
+    concepts = json.loads(concepts_list.read_text())
+    for concept in concepts:
+        concept["class_data_dir"] = str(folder_of(concept["class_prompt"]))
+    file.write_text(json.dumps(concepts))
+    return file
+
+
+# Runs that many tests look at
+
+
+@pytest.fixture(scope="session")
+def cat_flags(one_concept, world):
+    """One concept with real class pictures: six steps."""
+    return one_concept | {
         "class_data_dir": world / "retrieved",
         "class_prompt": "cat",
         "with_prior_preservation": True,

@@ -1,6 +1,5 @@
 """Several processes and accumulation: what the ranks hold, who writes, how many steps are taken, how a failure ends."""
 
-import json
 import re
 import time
 
@@ -19,6 +18,7 @@ from conftest import (
     load_trained,
     run,
     start,
+    with_classes,
 )
 
 pytestmark = pytest.mark.slow
@@ -54,16 +54,9 @@ main(parse_args())
 
 
 @pytest.fixture(scope="module")
-def common(sd1, world):
-    """Two concepts and words; epochs of 8 pairs."""
-    return {
-        "pretrained_model_name_or_path": sd1,
-        "concepts_list": world / "concepts.json",
-        "modifier_token": "<New1>+<new2>",
-        "with_prior_preservation": True,
-        "num_class_images": 3,
-        "sample_batch_size": 2,
-    }
+def common(two_concepts):
+    """Epochs of 8 pairs."""
+    return two_concepts | {"num_class_images": 3, "sample_batch_size": 2}
 
 
 # Without --multi_gpu, accelerate starts a single process where there is no GPU.
@@ -72,18 +65,15 @@ ACCELERATE += ["--mixed_precision=no", "--dynamo_backend=no"]
 
 
 @pytest.fixture(scope="module", params=["torchrun", "accelerate"])
-def watched(request, common, world, tmp_path_factory):
+def watched(request, common, tmp_path_factory):
     """Two processes with everything on: generated class pictures, validation, checkpoints, tensorboard."""
     folder = tmp_path_factory.mktemp("watched")
-    concepts = json.loads((world / "concepts.json").read_text())
-    for concept in concepts:
-        concept["class_data_dir"] = str(folder / "classes" / concept["class_prompt"])
-    (folder / "concepts.json").write_text(json.dumps(concepts))
+    concepts = with_classes(common["concepts_list"], (folder / "classes").joinpath, folder / "concepts.json")
     script = folder / "watched.py"
     script.write_text(WATCHED)
     launcher = LAUNCHERS["torchrun"] if request.param == "torchrun" else ACCELERATE
     more = {
-        "concepts_list": folder / "concepts.json",
+        "concepts_list": concepts,
         "output_dir": folder / "run",
         "max_train_steps": 4,
         "checkpointing_steps": 2,
@@ -149,11 +139,8 @@ def movement(model, trained):
 @pytest.fixture(scope="module")
 def divided(common, world, tmp_path_factory):
     """Trains 3 steps of a number of draws, divided in a way; returns the folder."""
-    concepts = json.loads((world / "concepts.json").read_text())
-    for concept in concepts:
-        concept["class_data_dir"] = str(world / "cats")
     file = tmp_path_factory.mktemp("divided") / "concepts.json"
-    file.write_text(json.dumps(concepts))
+    with_classes(common["concepts_list"], lambda name: world / "cats", file)
     runs = {}
 
     def get(batch, accumulation=1, processes=1):

@@ -25,13 +25,9 @@ os.fsync = lambda descriptor: (time.sleep(0.03), fsync(descriptor))
 
 
 @pytest.fixture(scope="module")
-def common(sd1, world):
+def common(one_concept):
     """One concept, a checkpoint every second step, two of them kept."""
-    return {
-        "pretrained_model_name_or_path": sd1,
-        "instance_data_dir": world / "my_cat",
-        "instance_prompt": "photo of a <new1> cat",
-        "modifier_token": "<new1>",
+    return one_concept | {
         "learning_rate": 1e-2,
         "max_train_steps": STEPS,
         "checkpointing_steps": 2,

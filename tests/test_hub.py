@@ -63,12 +63,8 @@ def hub(monkeypatch):
 
 
 @pytest.fixture
-def push_flags(sd1, world):
-    return {
-        "pretrained_model_name_or_path": sd1,
-        "instance_data_dir": world / "my_cat",
-        "instance_prompt": "photo of a <new1> cat",
-        "modifier_token": "<new1>",
+def push_flags(one_concept):
+    return one_concept | {
         "push_to_hub": True,
         "hub_token": SECRET,
         "hub_model_id": "my-cat",
@@ -78,10 +74,12 @@ def push_flags(sd1, world):
 def test_uploads_result_and_model_card(hub, push_flags, sd1, tmp_path):
     from safetensors.torch import load
 
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".<old>.bin.unfinished").write_bytes(b"left by a run that was killed")
     out = train(tmp_path / "out", validation_prompt="a <new1> cat", checkpointing_steps=1, **push_flags)
     names = {f"{WEIGHTS}.safetensors", f"{WEIGHTS}.bin", "<new1>.safetensors", "<new1>.bin", "image_0.png"}
     assert names <= hub.files.keys()
-    assert not any(name.startswith(("checkpoint", ".checkpoint", "logs")) for name in hub.files)
+    assert not any(name.startswith(("checkpoint", ".", "logs")) for name in hub.files)
     assert hub.tokens == {f"Bearer {SECRET}"}
     assert not any(SECRET.encode() in content for content in hub.files.values())
     uploaded = load(hub.files[f"{WEIGHTS}.safetensors"])

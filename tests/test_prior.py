@@ -40,15 +40,8 @@ def generate(launcher, folder, notes, **values):
 
 
 @pytest.fixture(scope="module")
-def concepts(sd1, world):
-    return {
-        "pretrained_model_name_or_path": sd1,
-        "concepts_list": world / "concepts.json",
-        "modifier_token": "<New1>+<new2>",
-        "with_prior_preservation": True,
-        "freeze_model": "crossattn",
-        "num_class_images": 3,
-    }
+def concepts(two_concepts):
+    return two_concepts | {"freeze_model": "crossattn", "num_class_images": 3}
 
 
 @pytest.fixture(scope="module")

@@ -13,13 +13,9 @@ STEPS = 8  # epochs are 5 draws long
 
 
 @pytest.fixture(scope="module")
-def common(sd1, world):
+def common(one_concept, world):
     """One concept, prior preservation, augmentation, warm-up and a cosine schedule, a checkpoint after every step."""
-    return {
-        "pretrained_model_name_or_path": sd1,
-        "instance_data_dir": world / "my_cat",
-        "instance_prompt": "photo of a <new1> cat",
-        "modifier_token": "<new1>",
+    return one_concept | {
         "class_data_dir": world / "cats",
         "class_prompt": "cat",
         "with_prior_preservation": True,

@@ -15,6 +15,7 @@ from conftest import (
     python,
     same_bits,
     train,
+    with_classes,
 )
 
 # The trainer in a notebook, with the library calls recorded that say what was trained on: latents, noise, timesteps
@@ -191,9 +192,9 @@ def test_noise_is_normal_and_timesteps_spread(recorded_sd1, recorded_sd2):
 
 
 @pytest.fixture(scope="module")
-def recorded_hard(two_concepts, tmp_path_factory):
+def recorded_hard(two_real_concepts, tmp_path_factory):
     """Two words, a learning rate and a weight decay that move all that they touch."""
-    flags = two_concepts | {
+    flags = two_real_concepts | {
         "learning_rate": 1,
         "adam_epsilon": 1e-8,
         "adam_weight_decay": 0.5,
@@ -255,18 +256,11 @@ def test_same_seed_same_bits(trained, plain):
 
 
 @pytest.fixture(scope="module")
-def two_concepts(sd1, world, tmp_path_factory):
+def two_real_concepts(two_concepts, world, tmp_path_factory):
     """Flags: two concepts and words, real class pictures, augmentation; six pictures in three steps."""
-    concepts = json.loads((world / "concepts.json").read_text())
-    for concept in concepts:
-        concept["class_data_dir"] = str(world / "cats")
     file = tmp_path_factory.mktemp("two") / "concepts.json"
-    file.write_text(json.dumps(concepts))
-    return {
-        "pretrained_model_name_or_path": sd1,
-        "concepts_list": file,
-        "modifier_token": "<New1>+<new2>",
-        "with_prior_preservation": True,
+    return two_concepts | {
+        "concepts_list": with_classes(two_concepts["concepts_list"], lambda name: world / "cats", file),
         "real_prior": True,
         "num_class_images": 4,
         "max_train_steps": 3,
