@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import errno
 import functools
+import gc
 import hashlib
 import importlib.util
 import io
@@ -114,7 +115,7 @@ def parse_args(input_args=None):
     add("--num_class_images", type=int, default=200, help="class pictures per concept; missing ones are generated")
     add("--real_prior", **flag, help="class pictures are real ones, fetched by retrieve.py")
     add("--prior_generation_precision", choices=("no", "fp32", "fp16", "bf16"), help="fp16 on a GPU, else fp32")
-    add("--sample_batch_size", type=int, default=4, help="batch for generating class pictures, per device")
+    add("--sample_batch_size", type=int, default=4, help="batch for generating and encoding pictures, per device")
 
     add = parser.add_argument_group("pictures").add_argument
     add("--resolution", type=int, default=512, help="picture size in pixels")
@@ -149,6 +150,8 @@ def parse_args(input_args=None):
     add("--gradient_checkpointing", **flag, help="recompute activations: less memory, slower")
     add("--enable_xformers_memory_efficient_attention", **flag, help="attention by xformers (GPU)")
     add("--set_grads_to_none", **flag, help="free gradients between steps instead of zeroing them")
+    add("--cache_latents", type=int, default=0, metavar="K",
+        help="encode K fixed augmentations of each picture once, before the training; 0: fresh ones at each step")
 
     add = parser.add_argument_group("output and tracking").add_argument
     add("--output_dir", default="custom-diffusion-model", help="folder of everything that the run leaves")
@@ -203,7 +206,7 @@ def find_contradiction(args):
         if value is not None and not 1 <= value < 2**31:
             return f"--{name} is {value}: give 1 or more, below 2**31"
     for name in ("learning_rate", "lr_warmup_steps", "adam_weight_decay", "adam_epsilon", "max_grad_norm",
-                 "prior_loss_weight", "dataloader_num_workers", "seed"):  # fmt: skip
+                 "prior_loss_weight", "dataloader_num_workers", "seed", "cache_latents"):  # fmt: skip
         value = getattr(args, name)
         if not 0 <= value < 2**63:  # false for nan
             return f"--{name} is {value}: give 0 or more, below 2**63"
@@ -485,36 +488,56 @@ class Draws:
     """
 
     def __init__(self, concepts, args, input_ids, latent_shape, num_train_timesteps):
-        self.instances = [(file, c.instance_prompt) for c in concepts for file in c.instance_pictures]
-        self.classes = [pair for c in concepts for pair in zip(c.class_pictures, c.class_captions, strict=True)]
+        self.pictures = [(file, c.instance_prompt, False) for c in concepts for file in c.instance_pictures]
+        self.instances = len(self.pictures)
+        for c in concepts:
+            self.pictures += [(*pair, True) for pair in zip(c.class_pictures, c.class_captions, strict=True)]
+        self.classes = len(self.pictures) - self.instances
         self.args, self.input_ids = args, input_ids
         self.latent_shape, self.num_train_timesteps = latent_shape, num_train_timesteps
-        self.epoch_length = max(len(self.instances), len(self.classes))
+        self.epoch_length = max(self.instances, self.classes)
+        self.cache = None  # see `cache_latents`
 
     def __getitem__(self, draw):
-        """Samples of one draw (see `sample`): the instance's and, with prior preservation, the class's."""
+        """Samples of one draw: the instance's and, with prior preservation, the class's.
+
+        Each is a dict: what `augmented` returns, or of a cached picture its posterior's mean and std (channels, h, w)
+        instead of the pixels; posterior_noise and noise (channels, h, w); the timestep.
+        """
         epoch, position = divmod(draw, self.epoch_length)
         order = np.random.default_rng((self.args.seed, 0, epoch)).permutation(self.epoch_length)
         index, rng = int(order[position]), np.random.default_rng((self.args.seed, 1, draw))
-        samples = [self.instance_sample(*self.instances[index % len(self.instances)], rng)]
+        samples = [self.sample(index % self.instances, rng)]
         if self.classes:
-            samples.append(self.class_sample(*self.classes[index % len(self.classes)], rng))
+            samples.append(self.sample(self.instances + index % self.classes, rng))
         return samples
 
-    def instance_sample(self, file, prompt, rng):
-        image, size = self.open(file, rng), self.args.resolution
-        scale = size if self.args.noaug else draw_scale(size, rng)
-        pixels, mask = place_instance(image, scale, size, size // self.latent_shape[1], rng)
-        if scale < 0.6 * size:
-            prompt = FAR_PREFIXES[rng.integers(2)] + prompt
-        elif scale > size:
-            prompt = CLOSE_PREFIXES[rng.integers(2)] + prompt
-        return self.sample(pixels, mask, prompt, rng)
+    def sample(self, picture, rng):
+        if self.cache:
+            row = picture * self.args.cache_latents + rng.integers(self.args.cache_latents)
+            sample = {key: values[row] for key, values in self.cache.items()}
+        else:
+            sample = self.augmented(picture, rng)
+        return sample | {
+            "posterior_noise": rng.standard_normal(self.latent_shape, np.float32),
+            "noise": rng.standard_normal(self.latent_shape, np.float32),
+            "timesteps": rng.integers(self.num_train_timesteps),
+        }
 
-    def class_sample(self, file, caption, rng):
-        size = self.args.resolution
-        pixels = random_window(self.open(file, rng), size, size, rng)
-        return self.sample(pixels, np.ones(self.latent_shape[1:], np.float32), caption, rng)
+    def augmented(self, picture, rng):
+        """One augmentation of a picture: pixel_values (3, S, S), mask (1, h, w), input_ids (tokens,)."""
+        (file, prompt, is_class), size = self.pictures[picture], self.args.resolution
+        image, cells = self.open(file, rng), self.latent_shape[1]
+        if is_class:
+            pixels, mask = random_window(image, size, size, rng), np.ones((cells, cells), np.float32)
+        else:
+            scale = size if self.args.noaug else draw_scale(size, rng)
+            pixels, mask = place_instance(image, scale, size, size // cells, rng)
+            if scale < 0.6 * size:
+                prompt = FAR_PREFIXES[rng.integers(2)] + prompt
+            elif scale > size:
+                prompt = CLOSE_PREFIXES[rng.integers(2)] + prompt
+        return {"pixel_values": pixels.transpose(2, 0, 1), "mask": mask[None], "input_ids": self.input_ids[prompt]}
 
     def open(self, file, rng):
         args = self.args
@@ -526,16 +549,19 @@ class Draws:
             image = ImageOps.mirror(image)
         return ImageOps.fit(image, (min(image.size), min(image.size))) if args.center_crop else image
 
-    def sample(self, pixels, mask, prompt, rng):
-        """pixel_values (3, S, S), mask (1, h, w), input_ids (tokens,), two noises (channels, h, w), timestep."""
-        return {
-            "pixel_values": pixels.transpose(2, 0, 1),
-            "mask": mask[None],
-            "input_ids": self.input_ids[prompt],
-            "posterior_noise": rng.standard_normal(self.latent_shape, np.float32),
-            "noise": rng.standard_normal(self.latent_shape, np.float32),
-            "timesteps": rng.integers(self.num_train_timesteps),
-        }
+
+class FixedAugmentations:
+    """The --cache_latents augmentations of every picture of `draws`, K after K; each depends on the seed alone."""
+
+    def __init__(self, draws):
+        self.draws, self.each = draws, draws.args.cache_latents
+
+    def __len__(self):
+        return len(self.draws.pictures) * self.each
+
+    def __getitem__(self, row):
+        rng = np.random.default_rng((self.draws.args.seed, 3, row))
+        return [self.draws.augmented(row // self.each, rng)]
 
 
 def outlive_signals(worker):
@@ -567,13 +593,20 @@ for variable, value in {
 warnings.filterwarnings("ignore", module="diffusers|huggingface_hub|transformers")  # what they say of each other
 
 # ruff: noqa: E402
+gc.disable()  # looking for garbage among the million objects that these imports make takes as long as a third of them
 import diffusers
 import huggingface_hub
 import torch
 import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DynamoBackend,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    send_to_device,
+)
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
@@ -589,6 +622,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AddedToken, CLIPTextModel, CLIPTokenizer
 
+gc.enable()
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -910,6 +944,7 @@ def start_accelerator(args):
         project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / args.logging_dir)),
         # the others wait for the main process while it generates pictures or uploads
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))],
+        dataloader_config=DataLoaderConfiguration(non_blocking=True),
     )
     launched = os.environ.get("WORLD_SIZE", "1")
     if int(launched) != accelerator.num_processes:
@@ -951,6 +986,8 @@ def build_models(args, accelerator, token_ids, initializer_ids):
     for module in (model, vae):
         cast_frozen(module, DTYPES.get(accelerator.mixed_precision, torch.float32))
         module.to(accelerator.device)
+    vae.to(memory_format=torch.channels_last)  # what its convolutions like best
+    vae.enable_slicing()  # a picture at a time is as fast, and takes less memory
     return model, vae, noise_scheduler
 
 
@@ -960,7 +997,7 @@ def build_optimizer(args, parameters, samples_per_step):
     if args.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit as AdamW
     else:
-        from torch.optim import AdamW
+        AdamW = functools.partial(torch.optim.AdamW, fused=True)
     return AdamW(
         parameters,
         lr=args.learning_rate * scale,
@@ -968,6 +1005,42 @@ def build_optimizer(args, parameters, samples_per_step):
         weight_decay=args.adam_weight_decay,
         eps=args.adam_epsilon,
     )
+
+
+@torch.no_grad()
+def encode(vae, pixel_values):
+    """(batch, 3, S, S) in [-1, 1] -> mean and standard deviation of the VAE's posterior, (batch, channels, h, w)."""
+    posterior = vae.encode(pixel_values.to(vae.dtype)).latent_dist
+    # in rows, as all else in a batch: the order in memory decides the last bits of sums
+    return tuple(values.float().contiguous() for values in (posterior.mean, posterior.std))
+
+
+def cache_latents(args, accelerator, draws, vae):
+    """Encodes --cache_latents augmentations of every picture; the draws then take theirs from these.
+
+    The processes share the work and all get the whole. The VAE then leaves the device.
+    """
+    loader = torch.utils.data.DataLoader(
+        FixedAugmentations(draws),
+        batch_size=args.sample_batch_size,
+        num_workers=args.dataloader_num_workers,
+        collate_fn=collate,
+        worker_init_fn=outlive_signals,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    parts = []
+    for batch in tqdm(accelerator.prepare(loader), desc="latents", disable=not accelerator.is_main_process):
+        batch["mean"], batch["std"] = encode(vae, batch.pop("pixel_values"))
+        parts.append({key: values.cpu().numpy() for key, values in accelerator.gather_for_metrics(batch).items()})
+    draws.cache = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    leave_device(vae)
+
+
+def leave_device(module):
+    """Moves a module to the CPU's memory and gives back what it held of the GPU's."""
+    if module.device.type != "cpu":
+        module.to("cpu")
+        torch.cuda.empty_cache()
 
 
 def diffusion_loss(model, vae, noise_scheduler, batch, args):
@@ -978,9 +1051,8 @@ def diffusion_loss(model, vae, noise_scheduler, batch, args):
     """
     noise, timesteps = batch["noise"], batch["timesteps"]
     with torch.no_grad():
-        posterior = vae.encode(batch["pixel_values"].to(vae.dtype)).latent_dist
-        latents = posterior.mean.float() + posterior.std.float() * batch["posterior_noise"]
-        latents = latents * vae.config.scaling_factor
+        mean, std = encode(vae, batch["pixel_values"]) if "pixel_values" in batch else (batch["mean"], batch["std"])
+        latents = (mean + std * batch["posterior_noise"]) * vae.config.scaling_factor
         noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
     prediction = model(noisy_latents, timesteps, batch["input_ids"]).float()
     is_velocity = noise_scheduler.config.prediction_type == "v_prediction"
@@ -993,6 +1065,35 @@ def diffusion_loss(model, vae, noise_scheduler, batch, args):
     if args.with_prior_preservation:
         loss = loss + args.prior_loss_weight * error[instances:].mean()
     return loss
+
+
+def training_step(accelerator, model, vae, noise_scheduler, optimizer, batch, args):
+    """One micro-batch; every gradient_accumulation_steps-th one moves the weights. Returns the loss, on the device."""
+    with accelerator.accumulate(model):
+        loss = diffusion_loss(model, vae, noise_scheduler, batch, args)
+        accelerator.backward(loss)
+        if accelerator.sync_gradients:
+            accelerator.clip_grad_norm_(optimizer.param_groups[0]["params"], args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=args.set_grads_to_none)
+    return loss.detach()
+
+
+def check_compiled(accelerator, model, vae, noise_scheduler, draws, optimizer, args):
+    """Fails if the compiled model's gradients are not the model's: compilers have been seen to drop some, silently."""
+    batch = send_to_device(collate([draws[n] for n in range(args.train_batch_size)]), accelerator.device)
+    gradients, parameters = [], optimizer.param_groups[0]["params"]
+    try:
+        for stance in ("default", "force_eager"):
+            with torch.compiler.set_stance(stance), accelerator.no_sync(model):
+                loss = diffusion_loss(model, vae, noise_scheduler, batch, args)
+                gradients.append(torch.autograd.grad(1024 * loss, parameters))  # so that fp16 holds small ones
+    except torch._dynamo.exc.TorchDynamoException as error:
+        fail("--dynamo_backend", f"this model can't be compiled here ({first_line(error)}); leave it out")
+    for compiled, expected in zip(*gradients, strict=True):
+        if (compiled - expected).norm() > 0.3 * expected.norm():  # far above what rounding to bfloat16 does
+            compiler = f"torch {torch.__version__}'s {accelerator.state.dynamo_plugin.backend.value.lower()}"
+            fail("--dynamo_backend", f"{compiler} makes wrong gradients of this model; leave it out")
 
 
 @one_line_errors
@@ -1023,6 +1124,8 @@ def main(args):
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_train_steps
     )
+    if args.cache_latents:
+        cache_latents(args, accelerator, draws, vae)
     pipeline = validation_pipeline(tokenizer, model, vae, noise_scheduler)
     checkpoints = Checkpoints(args, accelerator, pipeline, optimizer, lr_scheduler)
     step = checkpoints.resume() if args.resume_from_checkpoint else 0
@@ -1037,6 +1140,8 @@ def main(args):
     )
     model, optimizer, dataloader = accelerator.prepare(model, optimizer, dataloader)
     checkpoints.restore_scaler()
+    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        check_compiled(accelerator, model, vae, noise_scheduler, draws, optimizer, args)
     start_tracking(args, accelerator)
     print_summary(accelerator, args, concepts, trained, max_train_steps, samples_per_step)
 
@@ -1044,36 +1149,28 @@ def main(args):
     if step == 0 and accelerator.is_main_process:
         validate(args, accelerator, pipeline, step)
     progress = tqdm(total=max_train_steps, initial=step, desc="steps", disable=not accelerator.is_main_process)
-    step_loss, stopped = 0.0, False
+    step_log, step_loss, stopped = StepLog(accelerator, progress), 0.0, False
     with StopSignal() as stop_signal, progress:
         for batch in dataloader if step < max_train_steps else ():
-            with accelerator.accumulate(model):
-                loss = diffusion_loss(model, vae, noise_scheduler, batch, args)
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(trained.values(), args.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=args.set_grads_to_none)
-            step_loss = step_loss + loss.detach() / args.gradient_accumulation_steps
+            loss = training_step(accelerator, model, vae, noise_scheduler, optimizer, batch, args)
+            step_loss = step_loss + loss / args.gradient_accumulation_steps
             if not accelerator.sync_gradients:
                 continue
-            # all processes stop after the same step, whichever of them a signal reached
-            means = torch.stack([step_loss, step_loss.new_tensor(stop_signal.number)])
-            mean_loss, signalled = accelerator.reduce(means, "mean").tolist()
-            logs = {"loss": mean_loss, "lr": lr_scheduler.get_last_lr()[0]}
-            step, step_loss = step + 1, 0.0
+            step += 1
+            stopped = step_log.add(step, step_loss, lr_scheduler.get_last_lr()[0], stop_signal.number)
+            step_loss = 0.0
             if not accelerator.optimizer_step_was_skipped:
                 lr_scheduler.step()
-            progress.update()
-            progress.set_postfix(loss=f"{logs['loss']:.4f}", lr=f"{logs['lr']:.2e}")
-            accelerator.log(logs, step=step)
-            stopped = signalled > 0
+            saves = step % args.checkpointing_steps == 0
+            validates = step % args.validation_steps == 0 and step < max_train_steps
+            if stopped or saves or validates or step == max_train_steps:
+                stopped |= step_log.flush()  # what a checkpoint has in it is in the log
             # the others wait for the main process where the next step averages the gradients
-            if accelerator.is_main_process and (stopped or step % args.checkpointing_steps == 0):
+            if accelerator.is_main_process and (stopped or saves):
                 checkpoints.save(step)
             if stopped:
                 break
-            if accelerator.is_main_process and step % args.validation_steps == 0 and step < max_train_steps:
+            if accelerator.is_main_process and validates:
                 validate(args, accelerator, pipeline, step)
 
     # Save, prove that the files load, make the final pictures from them
@@ -1087,6 +1184,39 @@ def main(args):
     accelerator.end_training()
     if stopped:
         raise SystemExit(128 + (stop_signal.number or signal.SIGTERM))
+
+
+class StepLog:
+    """Shows and tracks each step's loss when the next step is under way, so that the host never waits for the device.
+
+    For the same reason all processes stop one step after a signal, whichever of them it reached.
+    """
+
+    def __init__(self, accelerator, progress):
+        self.accelerator, self.progress, self.waiting = accelerator, progress, None
+
+    def add(self, step, loss, learning_rate, signal_number):
+        """Takes a step's loss, a scalar on the device. Returns whether a process had a signal at the step before."""
+        values = self.accelerator.reduce(torch.stack([loss, loss.new_full((), signal_number)]), "mean")
+        stopped, copied = self.flush(), None
+        if values.is_cuda:
+            values, copied = values.to("cpu", non_blocking=True), torch.cuda.Event()
+            copied.record()
+        self.waiting = step, learning_rate, values, copied
+        self.progress.update()
+        return stopped
+
+    def flush(self):
+        """Logs the step that waits. Returns whether a process had a signal then."""
+        if not self.waiting:
+            return False
+        (step, learning_rate, values, copied), self.waiting = self.waiting, None
+        if copied:
+            copied.synchronize()
+        loss, signalled = values.tolist()
+        self.progress.set_postfix(loss=f"{loss:.4f}", lr=f"{learning_rate:.2e}", refresh=False)
+        self.accelerator.log({"loss": loss, "lr": learning_rate}, step=step)
+        return signalled > 0
 
 
 class StopSignal:
@@ -1156,6 +1286,7 @@ def validate(args, accelerator, pipeline, step):
     """Pictures of --validation_prompt, same noise each time; written to output_dir/validation and the trackers too."""
     if not args.validation_prompt:
         return []
+    pipeline.vae.to(accelerator.device)
     with accelerator.autocast():
         images = pipeline(
             args.validation_prompt,
@@ -1165,6 +1296,8 @@ def validate(args, accelerator, pipeline, step):
             width=args.resolution,
             generator=torch.Generator(accelerator.device).manual_seed(args.seed),
         ).images
+    if args.cache_latents:
+        leave_device(pipeline.vae)
     folder = Path(args.output_dir, "validation")
     folder.mkdir(exist_ok=True)
     picture_grid(images).save(folder / f"step-{step:06d}.png")
@@ -1268,7 +1401,7 @@ class Checkpoints:
         self.base_digest = digest(attention_state_dict(pipeline.unet) | embedding_state_dict(pipeline, args))
         # what must not change between the runs, or weights and draws would not fit
         names = ("modifier_token", "freeze_model", "resolution", "train_batch_size", "gradient_accumulation_steps",
-                 "with_prior_preservation", "seed")  # fmt: skip
+                 "with_prior_preservation", "seed", "cache_latents")  # fmt: skip
         self.fixed = {name: getattr(args, name) for name in names} | {"num_processes": accelerator.num_processes}
 
     def list(self):
@@ -1374,8 +1507,8 @@ class Checkpoints:
             return 0
         subject = f"--resume_from_checkpoint {folder}"
         for name, value in self.fixed.items():
-            if record["made_with"][name] != value:
-                fail(subject, f"made with {name} {record['made_with'][name]}, this run has {value}; use the same")
+            if record["made_with"].get(name) != value:
+                fail(subject, f"made with {name} {record['made_with'].get(name)}, this run has {value}; use the same")
         if record["base_digest"] != self.base_digest:
             ours, theirs = self.args.pretrained_model_name_or_path, record["base_model"]
             fail(subject, f"made from the base model {theirs}, whose weights are not those of {ours}; use that one")
@@ -1555,4 +1688,5 @@ Custom Diffusion weights for {args.pretrained_model_name_or_path}. New words: {a
 
 
 if __name__ == "__main__":
+    gc.freeze()  # what was imported stays: no more looking for garbage there
     main(ARGS)

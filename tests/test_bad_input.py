@@ -105,6 +105,7 @@ ARGUMENTS = {
     "epsilon": ({"adam_epsilon": "nan"}, ["--adam_epsilon"]),
     "clipping": ({"max_grad_norm": -1}, ["--max_grad_norm"]),
     "prior loss": ({"prior_loss_weight": -1}, ["--prior_loss_weight"]),
+    "cached latents": ({"cache_latents": -1}, ["--cache_latents"]),
     "beta": ({"adam_beta1": 1}, ["--adam_beta1"]),
     "beta nan": ({"adam_beta2": "nan"}, ["--adam_beta2"]),
     "real_prior alone": ({"real_prior": True}, ["--real_prior", "--with_prior_preservation"]),
