@@ -2,12 +2,14 @@
 """Measures what the trainer teaches the embedded model, and what it spoils; prints the README's tables.
 
     python benchmarks/concept_learning.py [--seeds 0 1 2] [--quick] [-- --max_train_steps 400]
+    python benchmarks/concept_learning.py --cache_latents 1 2 4
 
 Trains in processes of their own, as a user does, with the quickstart's flags (flags after `--` are added to them):
 the cat with and without prior preservation, and cat and pot together, once per seed. The pictures are judged by
 tools/measure.py, which knows colours and places and has no learned part. There are two disjoint sets of prompts and
 backgrounds, neither among the instance pictures: settings were chosen on "tuning" (`--tuning`: the cat with prior
-preservation alone), the tables come from "final". Before and after start from the same noise.
+preservation alone), the tables come from "final". Before and after start from the same noise. --cache_latents
+compares the cat with prior preservation as it is with that on so many fixed augmentations of each picture.
 Everything lies in results/concept_learning; an interrupted run goes on where it stopped.
 """
 
@@ -92,6 +94,7 @@ def parse_args():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="training seeds")
     parser.add_argument("--quick", action="store_true", help="20 steps and one seed, to see that it works")
     parser.add_argument("--tuning", action="store_true", help="the tuning prompts, on the cat with prior alone")
+    parser.add_argument("--cache_latents", type=int, nargs="+", metavar="K", help="compare cached latents, no more")
     parser.add_argument("flags", nargs="*", help="flags for the trainer, after --")
     args = parser.parse_args()
     if args.quick:
@@ -290,25 +293,28 @@ def main():
     args = parse_args()
     os.environ.update(ENVIRONMENT)
     prompts = "tuning" if args.tuning else "final"
-    names = ["with prior"] if args.tuning else list(RUNS)
+    runs = {"with prior": QUICKSTART} if args.tuning or args.cache_latents else dict(RUNS)
+    for k in args.cache_latents or ():
+        runs[f"{k} cached"] = [*QUICKSTART, "--cache_latents", str(k)]
     with ProcessPoolExecutor(min(4, os.cpu_count()), get_context("spawn")) as pool:
         jobs = [pool.submit(run, "base", 0, None, prompts)]
-        jobs += [pool.submit(run, n, seed, [*RUNS[n], *args.flags], prompts) for seed in args.seeds for n in names]
+        jobs += [pool.submit(run, n, seed, [*runs[n], *args.flags], prompts) for seed in args.seeds for n in runs]
         base, *results = [job.result() for job in jobs]
-    results = {name: results[i :: len(names)] for i, name in enumerate(names)}
+    results = {name: results[i :: len(runs)] for i, name in enumerate(runs)}
     cat = {name: r for name, r in results.items() if name != "cat and pot"}
     size = (
         f"{NUM_IMAGES} pictures a cell and training seed; mean (smallest-largest) of {len(args.seeds)} training seeds."
     )
     parts = [size, concept_table(base, cat, "cat"), control_table(base, results), leakage_table(base, cat, "cat")]
-    if not args.tuning:
+    if "cat and pot" in results:
         both = {"cat and pot": results["cat and pot"]}
         parts += [both_table(both["cat and pot"]), concept_table(base, both, "pot"), leakage_table(base, both, "pot")]
     text = "\n\n".join(parts)
     print(text)
     folder = ROOT / "results/concept_learning"
-    (folder / f"{prompts}.md").write_text(text + "\n")
-    (folder / f"{prompts}.json").write_text(json.dumps({"base": base, **results}, indent=1))
+    name = f"{prompts} cached" if args.cache_latents else prompts
+    (folder / f"{name}.md").write_text(text + "\n")
+    (folder / f"{name}.json").write_text(json.dumps({"base": base, **results}, indent=1))
 
 
 if __name__ == "__main__":
