@@ -987,7 +987,8 @@ def build_models(args, accelerator, token_ids, initializer_ids):
         cast_frozen(module, DTYPES.get(accelerator.mixed_precision, torch.float32))
         module.to(accelerator.device)
     vae.to(memory_format=torch.channels_last)  # what its convolutions like best
-    vae.enable_slicing()  # a picture at a time is as fast, and takes less memory
+    if accelerator.device.type == "cpu":
+        vae.enable_slicing()  # there a picture at a time is faster, and takes less memory
     return model, vae, noise_scheduler
 
 

@@ -3,11 +3,13 @@
 import json
 import os
 import re
+import sys
 
 import pytest
 from conftest import (
     EMBEDDED,
     LAUNCHERS,
+    ROOT,
     SCRIPT,
     base_weights,
     distance,
@@ -156,3 +158,20 @@ def test_wrong_compiler_is_refused(common, tmp_path):
         r"error: --dynamo_backend: .* wrong gradients of this model; leave it out", said.splitlines()[-1]
     )
     assert not folder.exists() and "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_benchmark():
+    """The benchmark's usual step does the work of the exact one; cached, the VAE's share of it is gone."""
+    script = ROOT / "benchmarks" / "step.py"
+    process = run(sys.executable, script, "--size=tiny", "--rounds=2", "--only=fp32$")
+    assert process.returncode == 0, process.stderr[-3000:]
+    rows = json.loads((ROOT / "results" / "step" / "tiny.json").read_text())["tables"]["variants"]
+    usual, exact, cached = rows
+    assert usual["name"] == "usual fp32" and exact["name"] == "exact fp32" and cached["name"] == "cached fp32"
+    assert usual["flops"] == exact["flops"] > cached["flops"] > 0
+    assert "VAE" in exact["parts"] and "VAE" not in cached["parts"]
+    for row in rows:
+        assert len(row["times"]) == 2 and min(row["times"]) > 0
+        assert sum(row["parts"].values()) - row["parts"]["all"] <= row["parts"]["all"]
+        assert f"| {row['name']} |" in process.stdout
