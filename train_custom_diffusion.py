@@ -1008,6 +1008,19 @@ def build_optimizer(args, parameters, samples_per_step):
     )
 
 
+def build_dataloader(args, accelerator, dataset, batch_size, sampler=None):
+    """Collated batches of what a dataset's numbers (the sampler's, or all in their order) stand for."""
+    return torch.utils.data.DataLoader(
+        dataset,
+        sampler=sampler,
+        batch_size=batch_size,
+        num_workers=args.dataloader_num_workers,
+        collate_fn=collate,
+        worker_init_fn=outlive_signals,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+
+
 @torch.no_grad()
 def encode(vae, pixel_values):
     """(batch, 3, S, S) in [-1, 1] -> mean and standard deviation of the VAE's posterior, (batch, channels, h, w)."""
@@ -1021,14 +1034,7 @@ def cache_latents(args, accelerator, draws, vae):
 
     The processes share the work and all get the whole. The VAE then leaves the device.
     """
-    loader = torch.utils.data.DataLoader(
-        FixedAugmentations(draws),
-        batch_size=args.sample_batch_size,
-        num_workers=args.dataloader_num_workers,
-        collate_fn=collate,
-        worker_init_fn=outlive_signals,
-        pin_memory=accelerator.device.type == "cuda",
-    )
+    loader = build_dataloader(args, accelerator, FixedAugmentations(draws), args.sample_batch_size)
     parts = []
     for batch in tqdm(accelerator.prepare(loader), desc="latents", disable=not accelerator.is_main_process):
         batch["mean"], batch["std"] = encode(vae, batch.pop("pixel_values"))
@@ -1130,15 +1136,8 @@ def main(args):
     pipeline = validation_pipeline(tokenizer, model, vae, noise_scheduler)
     checkpoints = Checkpoints(args, accelerator, pipeline, optimizer, lr_scheduler)
     step = checkpoints.resume() if args.resume_from_checkpoint else 0
-    dataloader = torch.utils.data.DataLoader(
-        draws,
-        sampler=range(step * samples_per_step, max_train_steps * samples_per_step),
-        batch_size=args.train_batch_size,
-        num_workers=args.dataloader_num_workers,
-        collate_fn=collate,
-        worker_init_fn=outlive_signals,
-        pin_memory=accelerator.device.type == "cuda",
-    )
+    sampler = range(step * samples_per_step, max_train_steps * samples_per_step)
+    dataloader = build_dataloader(args, accelerator, draws, args.train_batch_size, sampler)
     model, optimizer, dataloader = accelerator.prepare(model, optimizer, dataloader)
     checkpoints.restore_scaler()
     if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:

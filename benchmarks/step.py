@@ -23,7 +23,6 @@ import json
 import os
 import random
 import re
-import resource
 import shutil
 import statistics
 import subprocess
@@ -40,7 +39,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 MODELS, RESULTS = ROOT / "results" / "models", ROOT / "results" / "step"
-PARTS = ("data", "VAE", "text encoder", "UNet forward", "backward", "optimizer")
+PARTS = ("data", "VAE", "text encoder", "UNet forward", "backward", "optimizer", "rest")
 WORDS = ("cat", "dog", "pot", "tree", "house")  # initializers and classes
 
 
@@ -180,10 +179,10 @@ def make_pictures(folder, count):
 
 
 def command_line(setup, size, folder):
-    """The trainer's flags for a row; pictures and output are put into `folder`."""
+    """The trainer's flags for a row; its output is put into `folder`, the rows' pictures beside it."""
     tokens, concepts = [f"<new{i}>" for i in range(setup.concepts)], []
     for token, word in zip(tokens, WORDS, strict=False):
-        directories = folder / word / "instance", folder / word / "class"
+        directories = [folder.parent / "pictures" / word / kind for kind in ("instance", "class")]
         for directory, count in zip(directories, (5, 20), strict=True):
             if not directory.exists():
                 make_pictures(directory, count)
@@ -308,7 +307,7 @@ class Worker:
         seconds = (time.perf_counter() - self.start) / self.steps
         if self.command == "parts":
             parts = {part: value / self.steps for part, value in self.parts.items()}
-            self.pipe.send(parts | {"all": seconds})
+            self.pipe.send(parts | {"rest": seconds - sum(parts.values())})
         else:
             self.pipe.send(self.flops if self.command == "count" else seconds)
 
@@ -346,10 +345,7 @@ class Worker:
             peak = self.torch.cuda.max_memory_allocated()
             self.torch.cuda.reset_peak_memory_stats()
             return peak
-        status = Path("/proc/self/status")
-        if not status.exists():
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        peak = int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) * 1024
+        peak = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
         Path("/proc/self/clear_refs").write_text("5")
         return peak
 
@@ -406,7 +402,7 @@ def use_the_usual(trainer):
     trainer.training_step = usual_step
 
 
-def work(pipe, setup, size, folder, rank, port, log):
+def work(pipe, setup, words, rank, port, log):
     """What the process of a row does; of several processes the first obeys and the others keep in step with it."""
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
     os.dup2(1, 2)
@@ -421,7 +417,6 @@ def work(pipe, setup, size, folder, rank, port, log):
 
     import train_custom_diffusion as trainer
 
-    words = command_line(setup, size, folder)
     if not torch.cuda.is_available():
         words.append("--dataloader_num_workers=0")  # idle rows must not prepare pictures meanwhile
     if setup.usual:
@@ -440,9 +435,9 @@ class Row:
         context = get_context("spawn")
         self.pipe, other = context.Pipe()
         port = random.randrange(20000, 60000)
-        command_line(setup, size, folder)  # makes the pictures before several processes do
+        words = command_line(setup, size, folder)
         self.children = [
-            context.Process(target=work, args=(other, setup, size, folder, rank, port, self.log), daemon=False)
+            context.Process(target=work, args=(other, setup, words, rank, port, self.log))
             for rank in range(setup.processes)
         ]
         for child in self.children:
@@ -467,9 +462,7 @@ class Row:
 
 def measure(setups, size, rounds, steps, count=True):
     """Runs the rows interleaved; returns a list of dicts with what was measured (seconds, bytes, FLOPs)."""
-    scratch = Path(tempfile.mkdtemp())
-    make_model(size)
-    rows = []
+    scratch, rows = Path(tempfile.mkdtemp()), []
     try:
         for i, setup in enumerate(setups):
             folder = scratch / str(i)
@@ -509,18 +502,16 @@ def spread(values):
 def print_table(name, rows):
     """Markdown: times, their parts, memory and the share of the machine's limit of a table's rows."""
     first = rows[0]["times"]
-    head = ["", "s a step", "speed-up", "pictures/s", *PARTS, "rest", "GiB"]
-    head += ["checkpoint MB", "GFLOP", "of the limit"]
+    head = ["", "s a step", "speed-up", "pictures/s", *PARTS, "GiB", "checkpoint MB", "GFLOP", "of the limit"]
     print(f"\n{name}\n\n| {' | '.join(head)} |\n|{' --- |' * len(head)}")
     for row in rows:
         median, parts = statistics.median(row["times"]), row["parts"]
         ratio = statistics.median(a / b for a, b in zip(first, row["times"], strict=True))
         pictures = 2 * row["batch"] * row["processes"]
-        shown = [f"{parts.get(part, 0):.3f}" if part in parts else "" for part in PARTS]
-        rest = parts["all"] - sum(parts.get(part, 0) for part in PARTS)
+        shown = [f"{parts[part]:.3f}" if part in parts else "" for part in PARTS]
         checkpoint = f"{row['checkpoint'] / 1e6:.1f}" if row["checkpoint"] else ""
         flops = row["flops"] and (f"{row['flops'] / 1e9:.0f}", row["flops"] / median / statistics.median(row["limits"]))
-        cells = [row["name"], spread(row["times"]), f"{ratio:.2f}", f"{pictures / median:.2f}", *shown, f"{rest:.3f}"]
+        cells = [row["name"], spread(row["times"]), f"{ratio:.2f}", f"{pictures / median:.2f}", *shown]
         cells += [f"{row['memory'] / 2**30:.2f}", checkpoint, *((flops[0], f"{flops[1]:.0%}") if flops else ("", ""))]
         print(f"| {' | '.join(cells)} |")
 
@@ -540,10 +531,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 def startup(rounds):
     """Markdown table: seconds from a command to what it is for, interleaved."""
-    words = (
-        "--instance_data_dir=assets/instance/cat --pretrained_model_name_or_path=assets/model --resolution=128".split()
-    )
-    words += ["--instance_prompt=photo of a <new1> cat", "--modifier_token=<new1>", "--max_train_steps=1"]
+    words = ["--pretrained_model_name_or_path=assets/model", "--instance_data_dir=assets/instance/cat"]
+    words += ["--instance_prompt=photo of a <new1> cat", "--modifier_token=<new1>", "--resolution=128"]
+    words += ["--max_train_steps=1"]
     script = [sys.executable, "train_custom_diffusion.py"]
     commands = {
         "everything imported eagerly (DIFFUSERS_SLOW_IMPORT=1)": [sys.executable, "-c", IMPORTS],
@@ -586,13 +576,10 @@ def plot(source, target):
     rows = report["tables"]["variants"]
     figure, axes = pyplot.subplots(figsize=(9, 3.6), layout="constrained")
     names, left = [row["name"] for row in rows], np.zeros(len(rows))
-    for part in (*PARTS, "rest"):
-        # parts are measured apart from the whole; they are shown as shares of the median step
-        scale = [statistics.median(row["times"]) / row["parts"]["all"] for row in rows]
-        known = [sum(row["parts"].get(p, 0) for p in PARTS) for row in rows]
-        rests = [row["parts"]["all"] - k for row, k in zip(rows, known, strict=True)]
-        widths = [rest if part == "rest" else row["parts"].get(part, 0) for row, rest in zip(rows, rests, strict=True)]
-        widths = np.array(widths) * scale
+    # parts are measured apart from the whole; they are shown as shares of the median step
+    scale = [statistics.median(row["times"]) / sum(row["parts"].values()) for row in rows]
+    for part in PARTS:
+        widths = np.array([row["parts"].get(part, 0) for row in rows]) * scale
         axes.barh(names, widths, left=left, label=part)
         left += widths
     axes.invert_yaxis()
@@ -603,13 +590,13 @@ def plot(source, target):
 
 
 def describe_device():
-    """Name of the GPU, or the processor's with its number of cores, and torch's version."""
+    """Name of the GPU, or the processor's with its number of cores."""
     import torch
 
     if torch.cuda.is_available():
-        return torch.cuda.get_device_name(), torch.__version__
+        return torch.cuda.get_device_name()
     names = re.findall(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
-    return f"{names[0] if names else 'CPU'}, {os.cpu_count()} cores", torch.__version__
+    return f"{names[0] if names else 'CPU'}, {os.cpu_count()} cores"
 
 
 def parse_args():
@@ -628,7 +615,9 @@ def main():
     args = parse_args()
     if args.plot:
         return plot(*args.plot)
-    device, version = describe_device()
+    import torch
+
+    device, version = describe_device(), torch.__version__
     RESULTS.mkdir(parents=True, exist_ok=True)
     file = RESULTS / f"{args.size}.json"
     report = json.loads(file.read_text()) if file.exists() else {"tables": {}}
@@ -639,7 +628,7 @@ def main():
             report["startup"] = startup(args.rounds)
         else:
             setups = [s for s in tables(args.size)[name] if re.search(args.only or "", s.name)]
-            if "cores" in device:  # torch 2.13's inductor makes wrong gradients there, and the trainer refuses it
+            if not torch.cuda.is_available():  # torch 2.13's inductor is wrong on a CPU, and the trainer refuses it
                 setups = [setup for setup in setups if not setup.compiled]
             groups = [[setup] for setup in setups] if name == "memory" else [setups]
             rows = [row for g in groups for row in measure(g, args.size, args.rounds, args.steps, name == "variants")]

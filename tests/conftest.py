@@ -229,6 +229,18 @@ def distance(left, right):
     return sum(float((left[key].double() - right[key].double()).square().sum()) for key in left) ** 0.5
 
 
+def beginning(model, trained):
+    """Where the numbers of `trained` started: the base model's projections, ktn's row, pll's for a second word."""
+    table = loaded_pipeline(model).text_encoder.get_input_embeddings().weight.detach()
+    words = sorted(key for key in trained if "processor" not in key)
+    return base_weights(model, trained) | {word: table[row] for word, row in zip(words, (42170, 47629), strict=False)}
+
+
+def movement(model, trained):
+    """How far training moved."""
+    return distance(trained, beginning(model, trained))
+
+
 @functools.cache
 def loaded_pipeline(model):
     """The base model as diffusers loads it, in float32."""
@@ -417,6 +429,27 @@ def with_classes(concepts_list, folder_of, file):
         concept["class_data_dir"] = str(folder_of(concept["class_prompt"]))
     file.write_text(json.dumps(concepts))
     return file
+
+
+@pytest.fixture(scope="session")
+def one_real_concept(one_concept, world):
+    """One concept with a plain folder of real class pictures, of which four are used; mirrored at random."""
+    return one_concept | {
+        "class_data_dir": world / "cats",
+        "class_prompt": "cat",
+        "with_prior_preservation": True,
+        "real_prior": True,
+        "num_class_images": 4,
+        "hflip": True,
+    }
+
+
+@pytest.fixture(scope="session")
+def two_real_concepts(two_concepts, world, tmp_path_factory):
+    """Two concepts that share real class pictures, of which four are used."""
+    file = tmp_path_factory.mktemp("two") / "concepts.json"
+    with_classes(two_concepts["concepts_list"], lambda name: world / "cats", file)
+    return two_concepts | {"concepts_list": file, "real_prior": True, "num_class_images": 4}
 
 
 # Runs that many tests look at

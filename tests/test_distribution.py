@@ -9,13 +9,12 @@ from conftest import (
     FAST,
     LAUNCHERS,
     ROOT,
-    base_weights,
     distance,
     finish,
     flags,
     fork,
-    fresh_pipeline,
     load_trained,
+    movement,
     run,
     start,
     with_classes,
@@ -129,28 +128,19 @@ def test_only_the_main_process_prints(watched):
 # The same training, however it is divided
 
 
-def movement(model, trained):
-    """How far training moved: from the base model's projections, the rows of ktn and pll."""
-    rows = fresh_pipeline(model).text_encoder.get_input_embeddings().weight.detach()
-    begin = base_weights(model, trained) | {"<New1>": rows[42170], "<new2>": rows[47629]}
-    return distance(trained, begin)
-
-
 @pytest.fixture(scope="module")
-def divided(common, world, tmp_path_factory):
+def divided(two_real_concepts, tmp_path_factory):
     """Trains 3 steps of a number of draws, divided in a way; returns the folder."""
-    file = tmp_path_factory.mktemp("divided") / "concepts.json"
-    with_classes(common["concepts_list"], lambda name: world / "cats", file)
     runs = {}
 
     def get(batch, accumulation=1, processes=1):
         way = (batch, accumulation, processes)
         if way not in runs:
-            values = {"concepts_list": file, "real_prior": True, "max_train_steps": 3, "checkpointing_steps": 3}
+            values = {"num_class_images": 3, "max_train_steps": 3, "checkpointing_steps": 3}
             # a step is nearly the gradient itself, not its sign, and its size does not hide a wrong scale
             values |= {"learning_rate": 1, "adam_epsilon": 1, "adam_weight_decay": 0, "max_grad_norm": 1e6}
             values |= {"train_batch_size": batch, "gradient_accumulation_steps": accumulation, "processes": processes}
-            runs[way] = fork(tmp_path_factory.mktemp("runs") / "run", **common | values)
+            runs[way] = fork(tmp_path_factory.mktemp("runs") / "run", **two_real_concepts | values)
         return runs[way]
 
     return get

@@ -13,15 +13,9 @@ STEPS = 8  # epochs are 5 draws long
 
 
 @pytest.fixture(scope="module")
-def common(one_concept, world):
+def common(one_real_concept):
     """One concept, prior preservation, augmentation, warm-up and a cosine schedule, a checkpoint after every step."""
-    return one_concept | {
-        "class_data_dir": world / "cats",
-        "class_prompt": "cat",
-        "with_prior_preservation": True,
-        "real_prior": True,
-        "num_class_images": 4,
-        "hflip": True,
+    return one_real_concept | {
         "learning_rate": 1e-2,
         "lr_scheduler": "cosine",
         "lr_warmup_steps": 3,

@@ -11,16 +11,14 @@ from conftest import (
     LAUNCHERS,
     ROOT,
     SCRIPT,
-    base_weights,
     distance,
     finish,
     flags,
     fork,
-    fresh_pipeline,
     load_trained,
+    movement,
     run,
     start,
-    with_classes,
 )
 
 # Counts, in the training steps, what makes the host wait for a device, and forward passes of the networks' layers.
@@ -54,13 +52,9 @@ STEPS = 3
 
 
 @pytest.fixture(scope="module")
-def common(two_concepts, world, tmp_path_factory):
+def common(two_real_concepts):
     """Two concepts, prior preservation; a step is nearly the gradient itself, not its sign."""
-    file = tmp_path_factory.mktemp("two") / "concepts.json"
-    return two_concepts | {
-        "concepts_list": with_classes(two_concepts["concepts_list"], lambda name: world / "cats", file),
-        "real_prior": True,
-        "num_class_images": 4,
+    return two_real_concepts | {
         "train_batch_size": 2,
         "max_train_steps": STEPS,
         "learning_rate": 1,
@@ -82,11 +76,6 @@ def watched(common, tmp_path_factory):
         return runs[key]
 
     return get
-
-
-def movement(model, trained):
-    rows = fresh_pipeline(model).text_encoder.get_input_embeddings().weight.detach()
-    return distance(trained, base_weights(model, trained) | {"<New1>": rows[42170], "<new2>": rows[47629]})
 
 
 WAYS = {
@@ -134,8 +123,7 @@ def test_compiled(one_concept, tmp_path):
     assert process.returncode == 0, process.stderr[-3000:]
     assert "===== __compiled_fn_" in process.stderr
     compiled, plain = load_trained(tmp_path / "compiled"), load_trained(fork(tmp_path / "plain", **common))
-    begin = fresh_pipeline(EMBEDDED).text_encoder.get_input_embeddings().weight[42170].detach()
-    assert distance(compiled, plain) < 0.01 * distance(plain, base_weights(EMBEDDED, plain) | {"<new1>": begin})
+    assert distance(compiled, plain) < 0.01 * movement(EMBEDDED, plain)
 
 
 WRONG = """
@@ -154,9 +142,8 @@ def test_wrong_compiler_is_refused(common, tmp_path):
     """Gradients of the compiled model that are not the model's end the run before it starts."""
     folder = tmp_path / "run"
     said = finish(start(folder, prelude=WRONG, **common), folder, status=1)
-    assert re.fullmatch(
-        r"error: --dynamo_backend: .* wrong gradients of this model; leave it out", said.splitlines()[-1]
-    )
+    line = said.splitlines()[-1]
+    assert re.fullmatch(r"error: --dynamo_backend: .* eager makes wrong gradients of this model; leave it out", line)
     assert not folder.exists() and "Traceback" not in said
 
 
@@ -173,5 +160,5 @@ def test_benchmark():
     assert "VAE" in exact["parts"] and "VAE" not in cached["parts"]
     for row in rows:
         assert len(row["times"]) == 2 and min(row["times"]) > 0
-        assert sum(row["parts"].values()) - row["parts"]["all"] <= row["parts"]["all"]
+        assert min(row["parts"].values()) >= 0 and row["parts"]["rest"] > 0  # the parts are no more than the whole
         assert f"| {row['name']} |" in process.stdout
