@@ -167,7 +167,7 @@ def refusals_of(calls, **options):
     return json.loads(process.stdout.rpartition("ANSWERS")[2])
 
 
-HIDDEN = ("torch", "diffusers", "transformers", "accelerate", "wandb", "tensorboard")
+HIDDEN = ("torch", "diffusers", "transformers", "accelerate", "wandb", "tensorboard", "comet_ml")
 
 
 @pytest.fixture(scope="session")
