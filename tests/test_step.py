@@ -132,7 +132,7 @@ os.environ["ACCELERATE_DYNAMO_BACKEND"] = "EAGER"  # as accelerate launch --dyna
 forward = trainer.DenoisingModel.forward
 def wrong(self, *args):
     prediction = forward(self, *args)
-    return prediction - 0.5 * prediction.detach() if torch.compiler.is_compiling() else prediction
+    return (prediction + prediction.detach()) / 2 if torch.compiler.is_compiling() else prediction  # half the gradient
 trainer.DenoisingModel.forward = wrong
 """
 
