@@ -33,9 +33,8 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageOps
-
+# as in requirements.txt
+NEEDED = "torch>=2.6 diffusers>=0.35 transformers>=4.48,<6 accelerate>=1.0,<2 numpy>=1.26 Pillow>=10.1"
 WEIGHTS_NAME = "pytorch_custom_diffusion_weights"
 TRAINING_STATE_NAME = "training_state.pt"
 CHECKPOINT_NAME = "checkpoint.json"
@@ -235,7 +234,36 @@ def find_contradiction(args):
     return None
 
 
+def find_unsupported():
+    """Python or the first package that is not there or not in a supported version, as a message; None if all are."""
+    from importlib.metadata import PackageNotFoundError, version  # --help need not wait for it
+
+    if sys.version_info < (3, 10):  # noqa: UP036 (an older one gets this far)
+        return f"Python {sys.version.split()[0]}: this script needs 3.10 or later"
+    for needed in NEEDED.split():
+        package, *limits = re.fullmatch(r"(\w+)>=([\d.]+)(?:,<(\d+))?", needed).groups("999")
+        try:
+            found = version(package)
+        except PackageNotFoundError:
+            found = "is not installed"
+        number, first, end = ([int(n) for n in re.findall(r"\d+", text)] for text in (found, *limits))
+        if not first <= number < end:
+            return f"{package} {found}: this script needs {needed}; pip install -r requirements.txt"
+    return None
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a prompt may have letters that the terminal lacks
+    ARGS = parse_args()
+UNSUPPORTED = find_unsupported()  # before the imports and annotations that would fail in ways of their own
+if UNSUPPORTED:
+    raise SystemExit(f"error: {UNSUPPORTED}") if __name__ == "__main__" else ImportError(UNSUPPORTED)
+
 # ---------- Concepts and pictures -------------------------------------------------------------------------------
+
+# ruff: noqa: E402
+import numpy as np
+from PIL import Image, ImageOps
 
 
 @dataclass
@@ -576,11 +604,8 @@ def collate(draws):
     return {key: torch.from_numpy(np.stack([sample[key] for sample in samples])) for key in samples[0]}
 
 
-if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a prompt may have letters that the terminal lacks
-    ARGS = parse_args()
-    if not re.fullmatch("[1-9][0-9]*", os.environ.get("LOCAL_RANK", "0")):  # one process of a machine says what is
-        read_concepts(ARGS)  # wrong with the data, before the imports below, which take seconds
+if __name__ == "__main__" and not re.fullmatch("[1-9][0-9]*", os.environ.get("LOCAL_RANK", "0")):
+    read_concepts(ARGS)  # one process of a machine says what is wrong, before the imports below, which take seconds
 
 # ---------- Models, tokens and attention ------------------------------------------------------------------------
 
@@ -592,7 +617,6 @@ for variable, value in {
     os.environ.setdefault(variable, value)
 warnings.filterwarnings("ignore", module="diffusers|huggingface_hub|transformers")  # what they say of each other
 
-# ruff: noqa: E402
 gc.disable()  # looking for garbage among the million objects that these imports make takes as long as a third of them
 import diffusers
 import huggingface_hub
