@@ -35,9 +35,14 @@ from collections import Counter, deque
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
-import certifi
-from PIL import Image, ImageOps
-from tqdm.auto import tqdm
+try:
+    import certifi
+    from PIL import Image, ImageOps
+    from tqdm.auto import tqdm
+except ImportError as error:
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"error: {error}; pip install -r requirements.txt")
 
 try:
     import fcntl

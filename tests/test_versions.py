@@ -77,6 +77,12 @@ def test_old_python(bare):
     assert re.search(r"\nImportError: Python .*: this script needs 3\.10 or later\n$", process.stderr)
 
 
+def test_retrieve_without_packages():
+    process = run(sys.executable, "-S", ROOT / "retrieve.py", "--class_prompt=cat", "--class_data_dir=cats")
+    assert process.stderr == "error: No module named 'certifi'; pip install -r requirements.txt\n"
+    assert process.returncode == 1
+
+
 def test_requirements_agree():
     lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
     assert [needed for needed in NEEDED.split() if needed not in lines] == []
