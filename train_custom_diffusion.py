@@ -1201,6 +1201,7 @@ def main(args):
     if stopped:
         accelerator.print(f"Stopped after step {step}; to go on: the same command with --resume_from_checkpoint latest")
     elif accelerator.is_main_process:
+        checkpoints.remove_leftovers()
         save_weights(Path(args.output_dir), args, pipeline)
         finish(args, accelerator, prove_reload(args, pipeline), step)
     accelerator.wait_for_everyone()
@@ -1466,9 +1467,9 @@ class Checkpoints:
             folder.rename(self.output_dir / f".unfinished-old-{folder.name}")
         unfinished.rename(folder)
         flush_folder(self.output_dir)
-        self.remove_leftovers()
         for old in self.list()[: -self.args.checkpoints_total_limit] if self.args.checkpoints_total_limit else ():
-            shutil.rmtree(old)
+            old.rename(self.output_dir / f".unfinished-deleted-{old.name}")
+        self.remove_leftovers()
 
     def remove_leftovers(self):
         """Deletes what a killed run left unfinished."""

@@ -19,8 +19,9 @@ pytestmark = pytest.mark.slow
 STEPS = 6
 SLOW_DISK = """
 import os, time
-fsync = os.fsync
+fsync, unlink = os.fsync, os.unlink
 os.fsync = lambda descriptor: (time.sleep(0.03), fsync(descriptor))
+os.unlink = lambda *file, **options: (time.sleep(0.03), unlink(*file, **options))
 """
 
 
@@ -59,10 +60,20 @@ def check_complete(folder, expected):
 
 def unfinished_files(folder, step):
     """How many files the checkpoint that is being written has so far; None if none is being written."""
+    return files_in(folder / f".unfinished-checkpoint-{step}")
+
+
+def files_in(folder):
+    """How many; None if there is no such folder."""
     try:
-        return len(list((folder / f".unfinished-checkpoint-{step}").iterdir()))
+        return len(list(folder.iterdir()))
     except FileNotFoundError:
         return None
+
+
+def half_deleted(folder, name):
+    """Whether a checkpoint has lost some of its files, wherever it is by now."""
+    return any(files_in(place) in range(1, 6) for place in (folder / name, folder / f".unfinished-deleted-{name}"))
 
 
 KILLS = {
@@ -75,7 +86,7 @@ KILLS = {
     "the second has two files": lambda folder: unfinished_files(folder, 4) == 2,
     "the second is there": lambda folder: "checkpoint-4" in checkpoints(folder),
     "the third has four files": lambda folder: unfinished_files(folder, 6) == 4,
-    "the first is deleted": lambda folder: "checkpoint-2" not in checkpoints(folder),
+    "the first is half deleted": lambda folder: half_deleted(folder, "checkpoint-2"),
     "the result is being written": lambda folder: (folder / f"{WEIGHTS}.bin").exists(),
 }
 
