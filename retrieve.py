@@ -469,8 +469,8 @@ def open_dataset(args):
             return rows, ["image"], "text"
     try:
         import datasets
-    except ImportError:
-        raise SourceError("--dataset: the package datasets is not installed; `pip install datasets`") from None
+    except ImportError as error:  # it, or what it needs, is not there or too old
+        raise SourceError(f"--dataset: {first_line(error)}; pip install -r requirements.txt") from None
     datasets.disable_progress_bars()
     loaders = {".parquet": "parquet", ".tar": "webdataset"}
     if path.is_file() and path.suffix not in loaders:

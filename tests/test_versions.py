@@ -83,6 +83,14 @@ def test_retrieve_without_packages():
     assert process.returncode == 1
 
 
+def test_retrieve_with_a_broken_datasets(tmp_path):
+    (tmp_path / "datasets.py").write_text("raise ImportError('pyarrow requires NumPy 2.0 or newer, found 1.26.4')")
+    words = flags(source="dataset", dataset="hub/set", class_prompt="cat", class_data_dir=tmp_path / "cats")
+    process = run(sys.executable, ROOT / "retrieve.py", *words, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    problem = "--dataset: pyarrow requires NumPy 2.0 or newer, found 1.26.4; pip install -r requirements.txt"
+    assert process.stderr == f"error: {problem}\n" and process.returncode == 1
+
+
 def test_requirements_agree():
     lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
     assert [needed for needed in NEEDED.split() if needed not in lines] == []
