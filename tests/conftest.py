@@ -10,6 +10,7 @@ import functools
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -36,6 +37,8 @@ os.environ.update(
     OMP_NUM_THREADS="1",  # the models are so small that a second thread only costs
     TOKENIZERS_PARALLELISM="false",
 )
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and what they start, ignore it
 
 LAUNCHERS = {
     "python": [sys.executable],
