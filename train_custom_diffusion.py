@@ -34,7 +34,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 WEIGHTS_NAME = "pytorch_custom_diffusion_weights"
 TRAINING_STATE_NAME = "training_state.pt"
@@ -1298,9 +1298,9 @@ def validate(args, accelerator, pipeline, step):
         ).images
     if args.cache_latents:
         leave_device(pipeline.vae)
-    folder = Path(args.output_dir, "validation")
-    folder.mkdir(exist_ok=True)
-    picture_grid(images).save(folder / f"step-{step:06d}.png")
+    file = validation_file(args, step)
+    file.parent.mkdir(exist_ok=True)
+    label_above(picture_grid(images, 4), f"step {step}" if step else "before", args.resolution).save(file)
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.log_images({"validation": np.stack(images)}, step, dataformats="NHWC")
@@ -1312,14 +1312,50 @@ def validate(args, accelerator, pipeline, step):
     return images
 
 
-def picture_grid(images):
-    """Pictures of one size in rows of up to four."""
-    columns = min(4, len(images))
-    width, height = images[0].size
-    grid = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height), "white")
-    for i, image in enumerate(images):
-        grid.paste(image, (i % columns * width, i // columns * height))
+def validation_file(args, step):
+    """Where the validation pictures of a step are."""
+    return Path(args.output_dir, "validation", f"step-{step:06d}.png")
+
+
+def picture_grid(images, columns):
+    """Pictures in rows of up to `columns`, each in a cell that holds the largest."""
+    width, height = (max(image.size[side] for image in images) for side in (0, 1))
+    rows = [images[start : start + columns] for start in range(0, len(images), columns)]
+    grid = Image.new("RGB", (len(rows[0]) * width, len(rows) * height), "white")
+    for i, row in enumerate(rows):
+        for j, image in enumerate(row):
+            grid.paste(image, (j * width, i * height))
     return grid
+
+
+def label_height(resolution):
+    """Pixels of the line of text above pictures of that size."""
+    return max(16, resolution // 12)
+
+
+def label_above(image, text, resolution):
+    """The picture below a line of text, which fits above the first of the pictures in it."""
+    height = label_height(resolution)
+    labelled = Image.new("RGB", (image.width, height + image.height), "white")
+    labelled.paste(image, (0, height))
+    font = ImageFont.load_default(0.7 * height)
+    ImageDraw.Draw(labelled).text((height // 4, height // 2), text, "black", font, anchor="lm")
+    return labelled
+
+
+def compare_steps(args, last):
+    """Draws before_after.png, the pictures before and after the training, and steps.png, one from each of its stages.
+
+    They are made of the validation's files: a resumed run did not make the first ones itself.
+    """
+    files = [validation_file(args, n) for n in (0, *range(args.validation_steps, last, args.validation_steps), last)]
+    grids = [Image.open(file) for file in files if file.is_file()]
+    if len(grids) < 2:
+        return
+    picture_grid([grids[0], grids[-1]], 1).save(Path(args.output_dir, "before_after.png"))
+    shown = np.linspace(0, len(grids) - 1, min(8, len(grids))).round().astype(int)
+    first_picture = (0, 0, args.resolution, label_height(args.resolution) + args.resolution)
+    picture_grid([grids[i].crop(first_picture) for i in shown], 8).save(Path(args.output_dir, "steps.png"))
 
 
 # ---------- Weights and checkpoints -----------------------------------------------------------------------------
@@ -1624,6 +1660,8 @@ def finish(args, accelerator, pipeline, step):
     images = validate(args, accelerator, pipeline, step)
     for i, image in enumerate(images):
         image.save(Path(args.output_dir, f"image_{i}.png"))
+    if images:
+        compare_steps(args, step)
     if args.push_to_hub:
         upload(args, images)
     print(f"Saved to {args.output_dir}; loads back as trained (checked). To use it:\n")
