@@ -20,6 +20,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import logging
 import math
 import os
 import re
@@ -594,6 +595,7 @@ warnings.filterwarnings("ignore", module="diffusers|huggingface_hub|transformers
 
 # ruff: noqa: E402
 gc.disable()  # looking for garbage among the million objects that these imports make takes as long as a third of them
+import accelerate
 import diffusers
 import huggingface_hub
 import torch
@@ -1242,14 +1244,33 @@ class StopSignal:
 
 
 def start_tracking(args, accelerator):
-    """Makes the output folder and the hub's repository and starts the trackers, which never see the hub's token."""
+    """Makes the output folder and the hub's repository and starts the trackers.
+
+    They are told what it takes to repeat the run: every flag that is set, the precision in force, the number of
+    processes, the libraries' versions. They never see the hub's token.
+    """
     if accelerator.is_main_process:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         if args.push_to_hub:
             create_repository(args)
-    shown = {key: value for key, value in vars(args).items() if key != "hub_token"}
+    shown = {key: value for key, value in vars(args).items() if key != "hub_token" and value is not None}
     config = {key: value if isinstance(value, (bool, int, float)) else str(value) for key, value in shown.items()}
-    accelerator.init_trackers("custom-diffusion", config, init_kwargs={"wandb": {"dir": args.output_dir}})
+    config["mixed_precision"], config["num_processes"] = accelerator.mixed_precision, accelerator.num_processes
+    for library in (accelerate, diffusers, torch, transformers):
+        config[f"{library.__name__}_version"] = str(library.__version__)
+    os.environ["COMET_OFFLINE_DIRECTORY"] = accelerator.logging_dir  # else the working folder
+    logging.disable(logging.ERROR)  # comet_ml would show tracebacks, and the key that its server refuses
+    try:
+        accelerator.init_trackers("custom-diffusion", config, init_kwargs={"wandb": {"dir": args.output_dir}})
+        for tracker in accelerator.trackers:
+            if tracker.name == "comet_ml" and not (tracker.writer.alive or tracker.writer.disabled):
+                raise ConnectionError("comet_ml can't reach its server, or the server refuses its key")
+    except Exception as error:  # network, logins and folders end here
+        problem = re.sub("[A-Za-z0-9]{25,}", "***", first_line(error)).rstrip(".")  # keys
+        remedy = "log in, or track offline with WANDB_MODE=offline or COMET_START_ONLINE=False, or change the flag"
+        fail(f"--report_to {args.report_to}", f"{problem}; {remedy}")
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def print_summary(accelerator, args, concepts, trained, max_train_steps, samples_per_step):
