@@ -226,7 +226,7 @@ def find_contradiction(args):
     tokens, initializers = modifier_tokens(args), args.initializer_token.split("+")
     for token in tokens:
         names_file = "/" not in token and token.isprintable() and len(token.encode()) < 200 and token != WEIGHTS_NAME
-        if not token or token != token.strip() or not names_file:
+        if token[:1] in ("", ".") or token != token.strip() or not names_file:  # "." would hide its file
             return f"--modifier_token {args.modifier_token!r}: {token!r} is no word; give for example '<new1>+<new2>'"
         if tokens.count(token) > 1:
             return f"--modifier_token {args.modifier_token!r}: {token!r} is used twice; give each concept its own"
