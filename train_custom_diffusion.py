@@ -42,6 +42,9 @@ TRAINING_STATE_NAME = "training_state.pt"
 CHECKPOINT_NAME = "checkpoint.json"
 DEFAULT_INITIALIZERS = "ktn+pll+ucd"
 VALIDATION_INFERENCE_STEPS = 25
+# what goes to the hub, as patterns of names to include and exclude: .bin, .md, .png and .safetensors files that are not
+# hidden and in no folder; one pattern each, for that is what every version of `hf upload` takes
+UPLOADED = "[!.]*.[bmps]*", "*/*"
 FAR_PREFIXES, CLOSE_PREFIXES = ("a far away ", "very small "), ("zoomed in ", "close up ")
 
 
@@ -227,7 +230,7 @@ def find_contradiction(args):
     tokens, initializers = modifier_tokens(args), args.initializer_token.split("+")
     for token in tokens:
         names_file = "/" not in token and token.isprintable() and len(token.encode()) < 200 and token != WEIGHTS_NAME
-        if not token or token != token.strip() or not names_file:
+        if token[:1] in ("", ".") or token != token.strip() or not names_file:  # "." would hide its file
             return f"--modifier_token {args.modifier_token!r}: {token!r} is no word; give for example '<new1>+<new2>'"
         if tokens.count(token) > 1:
             return f"--modifier_token {args.modifier_token!r}: {token!r} is used twice; give each concept its own"
@@ -1144,6 +1147,7 @@ def main(args):
     checkpoints.restore_scaler()
     if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
         check_compiled(accelerator, model, vae, noise_scheduler, draws, optimizer, args)
+    repository = create_repository(args) if args.push_to_hub and accelerator.is_main_process else None
     start_tracking(args, accelerator)
     print_summary(accelerator, args, concepts, trained, max_train_steps, samples_per_step)
 
@@ -1180,7 +1184,7 @@ def main(args):
         accelerator.print(f"Stopped after step {step}; to go on: the same command with --resume_from_checkpoint latest")
     elif accelerator.is_main_process:
         save_weights(Path(args.output_dir), args, pipeline)
-        finish(args, accelerator, prove_reload(args, pipeline), step)
+        finish(args, accelerator, prove_reload(args, pipeline), step, concepts, repository)
     accelerator.wait_for_everyone()
     (model,) = accelerator.free_memory(model)  # first: torch can hang if its end is also the process group's
     accelerator.end_training()
@@ -1244,15 +1248,13 @@ class StopSignal:
 
 
 def start_tracking(args, accelerator):
-    """Makes the output folder and the hub's repository and starts the trackers.
+    """Makes the output folder and starts the trackers.
 
     They are told what it takes to repeat the run: every flag that is set, the precision in force, the number of
     processes, the libraries' versions. They never see the hub's token.
     """
     if accelerator.is_main_process:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        if args.push_to_hub:
-            create_repository(args)
     shown = {key: value for key, value in vars(args).items() if key != "hub_token" and value is not None}
     config = {key: value if isinstance(value, (bool, int, float)) else str(value) for key, value in shown.items()}
     config["mixed_precision"], config["num_processes"] = accelerator.mixed_precision, accelerator.num_processes
@@ -1661,13 +1663,14 @@ def example_prompt(args):
 
 def usage_snippet(args, weights):
     """Python lines that load the result (a folder or hub repository) into the base model and make a picture."""
-    ending = file_ending(args)
+    ending, base = file_ending(args), repr(args.pretrained_model_name_or_path)
+    base += "".join(f", {key}={vars(args)[key]!r}" for key in ("revision", "variant") if vars(args)[key])
     return "\n".join([
         "import torch",
         "from diffusers import DiffusionPipeline",
         "",
         "# on a GPU: .to('cuda', torch.float16)",
-        f"pipeline = DiffusionPipeline.from_pretrained({args.pretrained_model_name_or_path!r}).to(torch.float32)",
+        f"pipeline = DiffusionPipeline.from_pretrained({base}).to(torch.float32)",
         f"weights = {weights!r}",
         f"pipeline.unet.load_attn_procs(weights, weight_name='{WEIGHTS_NAME}.{ending}', _pipeline=pipeline)",
         *(f"pipeline.load_textual_inversion(weights, weight_name={f'{t}.{ending}'!r})" for t in modifier_tokens(args)),
@@ -1676,73 +1679,84 @@ def usage_snippet(args, weights):
     ])  # fmt: skip
 
 
-def finish(args, accelerator, pipeline, step):
-    """Final pictures from the reloaded pipeline, the upload, and where everything is."""
+def finish(args, accelerator, pipeline, step, concepts, repository):
+    """Final pictures from the reloaded pipeline, where everything is, and the upload."""
     images = validate(args, accelerator, pipeline, step)
     for i, image in enumerate(images):
         image.save(Path(args.output_dir, f"image_{i}.png"))
     if images:
         compare_steps(args, step)
-    if args.push_to_hub:
-        upload(args, images)
     print(f"Saved to {args.output_dir}; loads back as trained (checked). To use it:\n")
     print(usage_snippet(args, args.output_dir))
+    if repository:
+        upload(args, concepts, images, repository)
 
 
 def create_repository(args):
-    """Makes the hub's repository before training, so that what would stop the upload stops the run early."""
+    """Makes the hub's repository, if there is none yet, and returns its id.
+
+    That is done before training, so that what would stop the upload stops the run early.
+    """
     repository = args.hub_model_id or Path(args.output_dir).resolve().name
     try:
         return huggingface_hub.create_repo(repository, exist_ok=True, token=args.hub_token).repo_id
     except Exception as error:  # network, token and name end here
         remedy = "see to the network, `hf auth login`, --hub_model_id"
-        fail(f"--push_to_hub {repository}", f"{without_token(first_line(error), args)}; {remedy}")
+        fail(f"--push_to_hub {repository}", f"{without_token(error, args)}; {remedy}")
 
 
-def without_token(text, args):
-    """An error's text without the hub's token, which a server may echo."""
+def without_token(error, args):
+    """All lines of an error, for the hub's reason is in the last ones, without the token, which a server may echo."""
+    text = " ".join(str(error).split()) or type(error).__name__
     for token in filter(None, (args.hub_token, huggingface_hub.get_token())):
         text = text.replace(token, "***")
     return text
 
 
-def upload(args, images):
-    """Writes the model card and uploads the result, without checkpoints and logs."""
-    repository = create_repository(args)
-    Path(args.output_dir, "README.md").write_text(model_card(args, repository, images), encoding="utf-8")
-    ignored = ["checkpoint-*", ".unfinished-*", ".*.unfinished", f"{args.logging_dir}/*", "wandb/*"]
+def upload(args, concepts, images, repository):
+    """Writes the model card and uploads the result: no checkpoints, no logs, nothing else that lies there."""
+    Path(args.output_dir, "README.md").write_text(model_card(args, concepts, images, repository), encoding="utf-8")
+    folder, (included, excluded) = args.output_dir, UPLOADED
     try:
-        huggingface_hub.upload_folder(
-            repo_id=repository, folder_path=args.output_dir, ignore_patterns=ignored, token=args.hub_token
+        commit = huggingface_hub.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            allow_patterns=included,
+            ignore_patterns=excluded,
+            token=args.hub_token,
         )
     except Exception as error:  # the result is safe on the disk
-        later = f"all is in {args.output_dir}; later: hf upload {repository} {shlex.quote(args.output_dir)}"
-        fail(f"--push_to_hub {repository}", f"{without_token(first_line(error), args)}; {later}")
+        later = shlex.join(["hf", "upload", repository, folder, "--include", included, "--exclude", excluded])
+        problem = f"{without_token(error, args)}; all is in {folder}; later: {later}"
+        fail(f"--push_to_hub {repository}", problem)
+    print(f"\nUploaded to {commit.repo_url}")
 
 
-def model_card(args, repository, images):
+def model_card(args, concepts, images, repository):
     """Model card: license, base model, tags, a usage snippet that works as pasted, the final pictures."""
-    pictures = "\n".join(f"![{args.validation_prompt}](./image_{i}.png)" for i in range(len(images)))
+    base, pictures = args.pretrained_model_name_or_path, [f"image_{i}.png" for i in range(len(images))]
+    prompts = [concept.instance_prompt for concept in concepts]
+    shown = f"`{args.validation_prompt}`:\n\n" + " ".join(f"![](./{picture})" for picture in pictures)
+    metadata = huggingface_hub.ModelCardData(
+        license="creativeml-openrail-m",
+        base_model=None if Path(base).is_dir() else base,  # the hub refuses what is not on it
+        instance_prompt=", ".join(prompts),
+        tags=["text-to-image", "diffusers", "stable-diffusion", "custom-diffusion"],
+        widget=[{"text": args.validation_prompt, "output": {"url": picture}} for picture in pictures] or None,
+    )
     return f"""---
-license: creativeml-openrail-m
-base_model: {args.pretrained_model_name_or_path}
-instance_prompt: {json.dumps(example_prompt(args))}
-tags:
-- text-to-image
-- diffusers
-- stable-diffusion
-- custom-diffusion
+{metadata.to_yaml()}
 ---
 
 # {repository}
 
-Custom Diffusion weights for {args.pretrained_model_name_or_path}. New words: {args.modifier_token or "none"}.
+Custom Diffusion weights for `{base}`, trained on pictures of {", ".join(f"`{prompt}`" for prompt in prompts)}.
 
 ```python
 {usage_snippet(args, repository)}
 ```
 
-{pictures}
+{shown if pictures else ""}
 """
 
 
