@@ -8,18 +8,21 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, SECRET, run
+from hub import Hub
 from PIL import Image
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SCRIPT = (ROOT / "train_custom_diffusion.py").read_text(encoding="utf-8")
 BLOCK = re.compile(r"^(?:<!-- not run: ([^\n]+) -->\n)?```(bash|python)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 BLOCKS = [(language, code, reason) for reason, language, code in BLOCK.findall(README)]
+BIN, BASE = Path(sys.executable).parent, "tester/sd"
 QUOTED = "lines of the script"
 FEWER = re.compile(r"(max_train_steps|num_inference_steps)=\d+")
 # what a reader puts in place of the printed words, here the embedded model and its pictures
 SWAPS = {
     "CompVis/stable-diffusion-v1-4": "assets/model",
+    "your-name": "tester",
     "./data/cat": "assets/instance/cat",
     "./data/face": "assets/instance/cat",
     "samples_person": "samples_cat",
@@ -34,6 +37,15 @@ def unmarked(language):
 
 
 @pytest.fixture(scope="module")
+def hub():
+    """A hub on loopback that has the embedded model."""
+    with Hub() as hub:
+        process = run(BIN / "hf", "upload", BASE, ROOT / "assets" / "model", env=hub.environment(HF_TOKEN=SECRET))
+        assert process.returncode == 0, process.stderr
+        yield hub
+
+
+@pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
     """A folder like a clone, without this one's results."""
     folder = tmp_path_factory.mktemp("checkout")
@@ -42,12 +54,12 @@ def checkout(tmp_path_factory):
     return folder
 
 
-def run_block(checkout, language, code, **variables):
+def run_block(checkout, hub, language, code, **variables):
     for printed, here in SWAPS.items():
         code = code.replace(printed, here)
     code = FEWER.sub(r"\1=2", code)
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "PYTHONPATH": ".", "HF_HOME": str(checkout / "hf")} | variables
+    own = {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": ".", "HF_HOME": str(checkout / "hf")}
+    environment = hub.environment(HF_TOKEN=SECRET, **own | variables)
     command = ["bash", "-euc", code] if language == "bash" else [sys.executable, "-c", code]
     process = run(*command, cwd=checkout, env=environment)
     assert process.returncode == 0, code + process.stdout[-1000:] + process.stderr[-3000:]
@@ -62,16 +74,17 @@ def test_few_blocks_are_not_run():
     assert len(reasons) <= 3 and len(BLOCKS) > 20, reasons
 
 
-def test_bash_blocks(checkout):
+def test_bash_blocks(checkout, hub):
     """All but the first two, which are how this test and the quickstart are started; in their order."""
+    exported = {"INSTANCE_DIR": "assets/instance/cat", "OUTPUT_DIR": "my-cat"}
     for code in unmarked("bash")[2:]:
-        machines = {"FIRST_MACHINE": "127.0.0.1", "MODEL_NAME": "assets/model"}
-        if "$MACHINE_RANK" not in code:
-            run_block(checkout, "bash", code, **machines)
-            continue
-        with ThreadPoolExecutor() as pool:  # one process stands for each machine
-            ranks = [machines | {"MACHINE_RANK": rank} for rank in "01"]
-            list(pool.map(lambda variables, code=code: run_block(checkout, "bash", code, **variables), ranks))
+        model = BASE if "--push_to_hub" in code else "assets/model"
+        variables = exported | {"MODEL_NAME": model, "FIRST_MACHINE": "127.0.0.1"}
+        ranks = "01" if "$MACHINE_RANK" in code else "0"  # a process stands for each machine
+        with ThreadPoolExecutor() as pool:
+            blocks = [pool.submit(run_block, checkout, hub, "bash", code, MACHINE_RANK=n, **variables) for n in ranks]
+            for block in blocks:
+                block.result()
     assert len((checkout / "real_reg" / "samples_cat" / "caption.txt").read_text().splitlines()) == 200
     for run_of_a_block in ("my-cat", "my-face", *RESULTS):
         assert list((checkout / run_of_a_block).glob("*.safetensors")), run_of_a_block
@@ -79,13 +92,13 @@ def test_bash_blocks(checkout):
 
 
 RESULTS = [f"results/{name}" for name in ("two-concepts", "resumed", "two-processes", "two-machines", "small")]
-PICTURES = ("cat", "pot", "cat_from_a_pot", "pot_with_another_top")
+PICTURES = ("cat", "cat_from_the_hub", "pot", "cat_from_a_pot", "pot_with_another_top")
 
 
-def test_python_blocks(checkout):
+def test_python_blocks(checkout, hub):
     """One session, in their order; another block's result stands in for the quickstart's."""
     (checkout / "results" / "quickstart").symlink_to("resumed")
-    run_block(checkout, "python", "\n".join(unmarked("python")))
+    run_block(checkout, hub, "python", "\n".join(unmarked("python")))
     for name in PICTURES:
         assert Image.open(checkout / f"{name}.png").size == (128, 128)
     assert (checkout / "results" / "my-cat-model" / "model_index.json").is_file()
