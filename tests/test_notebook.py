@@ -131,7 +131,7 @@ def test_trains_with_both_launchers(executed):
 
     outputs, clone = executed
     result = clone / "results" / "notebook"
-    (written,) = outputs["config"]
+    written = outputs["config"][-1]
     assert Path(written.data["text/plain"].split("'")[1]).read_text().startswith("{")
     assert "2/2" in said(outputs["launch"]) and "Saved to results/notebook" in said(outputs["launch"])
     text = said(outputs["python"])
