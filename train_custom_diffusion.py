@@ -595,6 +595,7 @@ for variable, value in {
 }.items():
     os.environ.setdefault(variable, value)
 warnings.filterwarnings("ignore", module="diffusers|huggingface_hub|transformers")  # what they say of each other
+warnings.filterwarnings("ignore", message="IProgress not found")  # in a notebook without ipywidgets the bar is text
 
 # ruff: noqa: E402
 gc.disable()  # looking for garbage among the million objects that these imports make takes as long as a third of them
@@ -605,6 +606,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DataLoaderConfiguration,
     DynamoBackend,
@@ -922,7 +924,9 @@ def one_line_errors(main):
     def wrapper(args):
         resume = "then resume with --resume_from_checkpoint latest"
         try:
-            return main(args)
+            if stopped_by := main(args):
+                raise SystemExit(128 + stopped_by)  # out here: a notebook keeps the traceback, main's models would stay
+            return
         except PictureError as error:  # a worker process hands it on with its traceback; the last line is the message
             message = str(error).splitlines()[-1].rpartition("PictureError: ")[2]
             subject, problem = "picture", f"{message}; mend it, {resume}"
@@ -941,6 +945,7 @@ def one_line_errors(main):
 def start_accelerator(args):
     """The accelerator, with devices, precision and trackers set up; checks what the flags need of a GPU."""
     folder = Path(args.output_dir)
+    AcceleratorState._reset_state()  # in a notebook the precision of the run before would hold for this one, too
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # else accelerate ignores torchrun's processes on a CPU
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -1189,7 +1194,7 @@ def main(args):
     (model,) = accelerator.free_memory(model)  # first: torch can hang if its end is also the process group's
     accelerator.end_training()
     if stopped:
-        raise SystemExit(128 + (stop_signal.number or signal.SIGTERM))
+        return stop_signal.number or signal.SIGTERM  # the decorator exits with it
 
 
 class StepLog:
