@@ -26,6 +26,7 @@ FEWER = {
     "num_inference_steps=100": "num_inference_steps=2",
 }
 WORRIES = re.compile(r"warn|error|traceback|deprecat|ignored|fail", re.IGNORECASE)
+LABEL = 16  # pixels of the line of text above pictures of 128 pixels
 NOT_PASSED = re.compile(r"The following values were not passed.*?`accelerate config`\.", re.DOTALL)  # the text says so
 
 
@@ -109,19 +110,19 @@ def test_says_nothing_that_worries(executed):
 
 
 def test_shows_pictures(executed):
-    """A row of 5 instance and class pictures, the validation's before and after, the last ones, those with prompts."""
+    """A row of 5 instance and class pictures, before and after, over the steps, the last ones, those with prompts."""
     outputs, _ = executed
     sizes = {name: [picture.size for picture in pictures(cell)] for name, cell in outputs.items()}
     assert {name: size for name, size in sizes.items() if size} == {
         "instance-pictures": [(750, 150)],
         "class-pictures": [(750, 150)],
-        "before-after": [(128, 128)] * 2,
-        "final-pictures": [(150, 150)],
+        "before-after": [(128, 2 * (128 + LABEL))],
+        "final-pictures": [(3 * 128, 128 + LABEL), (150, 150)],
         "inference": [(128, 128)],
         "prompts": [(600, 150)],
     }
-    before, after = (np.asarray(picture, int) for picture in pictures(outputs["before-after"]))
-    assert abs(before - after).max() > 4
+    before, after = np.split(np.asarray(pictures(outputs["before-after"])[0], int), 2)
+    assert abs(before - after)[LABEL:].max() > 4
     assert all(np.asarray(picture).std() > 10 for cell in outputs.values() for picture in pictures(cell))  # none blank
 
 
