@@ -20,6 +20,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import logging
 import math
 import os
 import re
@@ -40,6 +41,9 @@ TRAINING_STATE_NAME = "training_state.pt"
 CHECKPOINT_NAME = "checkpoint.json"
 DEFAULT_INITIALIZERS = "ktn+pll+ucd"
 VALIDATION_INFERENCE_STEPS = 25
+# what goes to the hub, as patterns of names to include and exclude: .bin, .md, .png and .safetensors files that are not
+# hidden and in no folder; one pattern each, for that is what every version of `hf upload` takes
+UPLOADED = "[!.]*.[bmps]*", "*/*"
 FAR_PREFIXES, CLOSE_PREFIXES = ("a far away ", "very small "), ("zoomed in ", "close up ")
 
 
@@ -225,7 +229,7 @@ def find_contradiction(args):
     tokens, initializers = modifier_tokens(args), args.initializer_token.split("+")
     for token in tokens:
         names_file = "/" not in token and token.isprintable() and len(token.encode()) < 200 and token != WEIGHTS_NAME
-        if not token or token != token.strip() or not names_file:
+        if token[:1] in ("", ".") or token != token.strip() or not names_file:  # "." would hide its file
             return f"--modifier_token {args.modifier_token!r}: {token!r} is no word; give for example '<new1>+<new2>'"
         if tokens.count(token) > 1:
             return f"--modifier_token {args.modifier_token!r}: {token!r} is used twice; give each concept its own"
@@ -263,7 +267,7 @@ if UNSUPPORTED:
 
 # ruff: noqa: E402
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 
 @dataclass
@@ -616,14 +620,17 @@ for variable, value in {
 }.items():
     os.environ.setdefault(variable, value)
 warnings.filterwarnings("ignore", module="diffusers|huggingface_hub|transformers")  # what they say of each other
+warnings.filterwarnings("ignore", message="IProgress not found")  # in a notebook without ipywidgets the bar is text
 
 gc.disable()  # looking for garbage among the million objects that these imports make takes as long as a third of them
+import accelerate
 import diffusers
 import huggingface_hub
 import torch
 import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DataLoaderConfiguration,
     DynamoBackend,
@@ -941,7 +948,9 @@ def one_line_errors(main):
     def wrapper(args):
         resume = "then resume with --resume_from_checkpoint latest"
         try:
-            return main(args)
+            if stopped_by := main(args):
+                raise SystemExit(128 + stopped_by)  # out here: a notebook keeps the traceback, main's models would stay
+            return
         except PictureError as error:  # a worker process hands it on with its traceback; the last line is the message
             message = str(error).splitlines()[-1].rpartition("PictureError: ")[2]
             subject, problem = "picture", f"{message}; mend it, {resume}"
@@ -960,6 +969,7 @@ def one_line_errors(main):
 def start_accelerator(args):
     """The accelerator, with devices, precision and trackers set up; checks what the flags need of a GPU."""
     folder = Path(args.output_dir)
+    AcceleratorState._reset_state()  # in a notebook the precision of the run before would hold for this one, too
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # else accelerate ignores torchrun's processes on a CPU
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -1166,6 +1176,7 @@ def main(args):
     checkpoints.restore_scaler()
     if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
         check_compiled(accelerator, model, vae, noise_scheduler, draws, optimizer, args)
+    repository = create_repository(args) if args.push_to_hub and accelerator.is_main_process else None
     start_tracking(args, accelerator)
     print_summary(accelerator, args, concepts, trained, max_train_steps, samples_per_step)
 
@@ -1203,12 +1214,12 @@ def main(args):
     elif accelerator.is_main_process:
         checkpoints.remove_leftovers()
         save_weights(Path(args.output_dir), args, pipeline)
-        finish(args, accelerator, prove_reload(args, pipeline), step)
+        finish(args, accelerator, prove_reload(args, pipeline), step, concepts, repository)
     accelerator.wait_for_everyone()
     (model,) = accelerator.free_memory(model)  # first: torch can hang if its end is also the process group's
     accelerator.end_training()
     if stopped:
-        raise SystemExit(128 + (stop_signal.number or signal.SIGTERM))
+        return stop_signal.number or signal.SIGTERM  # the decorator exits with it
 
 
 class StepLog:
@@ -1267,14 +1278,31 @@ class StopSignal:
 
 
 def start_tracking(args, accelerator):
-    """Makes the output folder and the hub's repository and starts the trackers, which never see the hub's token."""
+    """Makes the output folder and starts the trackers.
+
+    They are told what it takes to repeat the run: every flag that is set, the precision in force, the number of
+    processes, the libraries' versions. They never see the hub's token.
+    """
     if accelerator.is_main_process:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        if args.push_to_hub:
-            create_repository(args)
-    shown = {key: value for key, value in vars(args).items() if key != "hub_token"}
+    shown = {key: value for key, value in vars(args).items() if key != "hub_token" and value is not None}
     config = {key: value if isinstance(value, (bool, int, float)) else str(value) for key, value in shown.items()}
-    accelerator.init_trackers("custom-diffusion", config, init_kwargs={"wandb": {"dir": args.output_dir}})
+    config["mixed_precision"], config["num_processes"] = accelerator.mixed_precision, accelerator.num_processes
+    for library in (accelerate, diffusers, torch, transformers):
+        config[f"{library.__name__}_version"] = str(library.__version__)
+    os.environ["COMET_OFFLINE_DIRECTORY"] = accelerator.logging_dir  # else the working folder
+    logging.disable(logging.ERROR)  # comet_ml would show tracebacks, and the key that its server refuses
+    try:
+        accelerator.init_trackers("custom-diffusion", config, init_kwargs={"wandb": {"dir": args.output_dir}})
+        for tracker in accelerator.trackers:
+            if tracker.name == "comet_ml" and not (tracker.writer.alive or tracker.writer.disabled):
+                raise ConnectionError("comet_ml can't reach its server, or the server refuses its key")
+    except Exception as error:  # network, logins and folders end here
+        problem = re.sub("[A-Za-z0-9]{25,}", "***", first_line(error)).rstrip(".")  # keys
+        remedy = "log in, or track offline with WANDB_MODE=offline or COMET_START_ONLINE=False, or change the flag"
+        fail(f"--report_to {args.report_to}", f"{problem}; {remedy}")
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def print_summary(accelerator, args, concepts, trained, max_train_steps, samples_per_step):
@@ -1323,9 +1351,9 @@ def validate(args, accelerator, pipeline, step):
         ).images
     if args.cache_latents:
         leave_device(pipeline.vae)
-    folder = Path(args.output_dir, "validation")
-    folder.mkdir(exist_ok=True)
-    picture_grid(images).save(folder / f"step-{step:06d}.png")
+    file = validation_file(args, step)
+    file.parent.mkdir(exist_ok=True)
+    label_above(picture_grid(images, 4), f"step {step}" if step else "before", args.resolution).save(file)
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.log_images({"validation": np.stack(images)}, step, dataformats="NHWC")
@@ -1337,14 +1365,50 @@ def validate(args, accelerator, pipeline, step):
     return images
 
 
-def picture_grid(images):
-    """Pictures of one size in rows of up to four."""
-    columns = min(4, len(images))
-    width, height = images[0].size
-    grid = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height), "white")
-    for i, image in enumerate(images):
-        grid.paste(image, (i % columns * width, i // columns * height))
+def validation_file(args, step):
+    """Where the validation pictures of a step are."""
+    return Path(args.output_dir, "validation", f"step-{step:06d}.png")
+
+
+def picture_grid(images, columns):
+    """Pictures in rows of up to `columns`, each in a cell that holds the largest."""
+    width, height = (max(image.size[side] for image in images) for side in (0, 1))
+    rows = [images[start : start + columns] for start in range(0, len(images), columns)]
+    grid = Image.new("RGB", (len(rows[0]) * width, len(rows) * height), "white")
+    for i, row in enumerate(rows):
+        for j, image in enumerate(row):
+            grid.paste(image, (j * width, i * height))
     return grid
+
+
+def label_height(resolution):
+    """Pixels of the line of text above pictures of that size."""
+    return max(16, resolution // 12)
+
+
+def label_above(image, text, resolution):
+    """The picture below a line of text, which fits above the first of the pictures in it."""
+    height = label_height(resolution)
+    labelled = Image.new("RGB", (image.width, height + image.height), "white")
+    labelled.paste(image, (0, height))
+    font = ImageFont.load_default(0.7 * height)
+    ImageDraw.Draw(labelled).text((height // 4, height // 2), text, "black", font, anchor="lm")
+    return labelled
+
+
+def compare_steps(args, last):
+    """Draws before_after.png, the pictures before and after the training, and steps.png, one from each of its stages.
+
+    They are made of the validation's files: a resumed run did not make the first ones itself.
+    """
+    files = [validation_file(args, n) for n in (0, *range(args.validation_steps, last, args.validation_steps), last)]
+    grids = [Image.open(file) for file in files if file.is_file()]
+    if len(grids) < 2:
+        return
+    picture_grid([grids[0], grids[-1]], 1).save(Path(args.output_dir, "before_after.png"))
+    shown = np.linspace(0, len(grids) - 1, min(8, len(grids))).round().astype(int)
+    first_picture = (0, 0, args.resolution, label_height(args.resolution) + args.resolution)
+    picture_grid([grids[i].crop(first_picture) for i in shown], 8).save(Path(args.output_dir, "steps.png"))
 
 
 # ---------- Weights and checkpoints -----------------------------------------------------------------------------
@@ -1629,13 +1693,14 @@ def example_prompt(args):
 
 def usage_snippet(args, weights):
     """Python lines that load the result (a folder or hub repository) into the base model and make a picture."""
-    ending = file_ending(args)
+    ending, base = file_ending(args), repr(args.pretrained_model_name_or_path)
+    base += "".join(f", {key}={vars(args)[key]!r}" for key in ("revision", "variant") if vars(args)[key])
     return "\n".join([
         "import torch",
         "from diffusers import DiffusionPipeline",
         "",
         "# on a GPU: .to('cuda', torch.float16)",
-        f"pipeline = DiffusionPipeline.from_pretrained({args.pretrained_model_name_or_path!r}).to(torch.float32)",
+        f"pipeline = DiffusionPipeline.from_pretrained({base}).to(torch.float32)",
         f"weights = {weights!r}",
         f"pipeline.unet.load_attn_procs(weights, weight_name='{WEIGHTS_NAME}.{ending}', _pipeline=pipeline)",
         *(f"pipeline.load_textual_inversion(weights, weight_name={f'{t}.{ending}'!r})" for t in modifier_tokens(args)),
@@ -1644,71 +1709,84 @@ def usage_snippet(args, weights):
     ])  # fmt: skip
 
 
-def finish(args, accelerator, pipeline, step):
-    """Final pictures from the reloaded pipeline, the upload, and where everything is."""
+def finish(args, accelerator, pipeline, step, concepts, repository):
+    """Final pictures from the reloaded pipeline, where everything is, and the upload."""
     images = validate(args, accelerator, pipeline, step)
     for i, image in enumerate(images):
         image.save(Path(args.output_dir, f"image_{i}.png"))
-    if args.push_to_hub:
-        upload(args, images)
+    if images:
+        compare_steps(args, step)
     print(f"Saved to {args.output_dir}; loads back as trained (checked). To use it:\n")
     print(usage_snippet(args, args.output_dir))
+    if repository:
+        upload(args, concepts, images, repository)
 
 
 def create_repository(args):
-    """Makes the hub's repository before training, so that what would stop the upload stops the run early."""
+    """Makes the hub's repository, if there is none yet, and returns its id.
+
+    That is done before training, so that what would stop the upload stops the run early.
+    """
     repository = args.hub_model_id or Path(args.output_dir).resolve().name
     try:
         return huggingface_hub.create_repo(repository, exist_ok=True, token=args.hub_token).repo_id
     except Exception as error:  # network, token and name end here
         remedy = "see to the network, `hf auth login`, --hub_model_id"
-        fail(f"--push_to_hub {repository}", f"{without_token(first_line(error), args)}; {remedy}")
+        fail(f"--push_to_hub {repository}", f"{without_token(error, args)}; {remedy}")
 
 
-def without_token(text, args):
-    """An error's text without the hub's token, which a server may echo."""
+def without_token(error, args):
+    """All lines of an error, for the hub's reason is in the last ones, without the token, which a server may echo."""
+    text = " ".join(str(error).split()) or type(error).__name__
     for token in filter(None, (args.hub_token, huggingface_hub.get_token())):
         text = text.replace(token, "***")
     return text
 
 
-def upload(args, images):
-    """Writes the model card and uploads the result, without checkpoints and logs."""
-    repository = create_repository(args)
-    Path(args.output_dir, "README.md").write_text(model_card(args, repository, images), encoding="utf-8")
-    ignored = ["checkpoint-*", ".unfinished-*", ".*.unfinished", f"{args.logging_dir}/*", "wandb/*"]
+def upload(args, concepts, images, repository):
+    """Writes the model card and uploads the result: no checkpoints, no logs, nothing else that lies there."""
+    Path(args.output_dir, "README.md").write_text(model_card(args, concepts, images, repository), encoding="utf-8")
+    folder, (included, excluded) = args.output_dir, UPLOADED
     try:
-        huggingface_hub.upload_folder(
-            repo_id=repository, folder_path=args.output_dir, ignore_patterns=ignored, token=args.hub_token
+        commit = huggingface_hub.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            allow_patterns=included,
+            ignore_patterns=excluded,
+            token=args.hub_token,
         )
     except Exception as error:  # the result is safe on the disk
-        later = f"all is in {args.output_dir}; later: hf upload {repository} {shlex.quote(args.output_dir)}"
-        fail(f"--push_to_hub {repository}", f"{without_token(first_line(error), args)}; {later}")
+        later = shlex.join(["hf", "upload", repository, folder, "--include", included, "--exclude", excluded])
+        problem = f"{without_token(error, args)}; all is in {folder}; later: {later}"
+        fail(f"--push_to_hub {repository}", problem)
+    print(f"\nUploaded to {commit.repo_url}")
 
 
-def model_card(args, repository, images):
+def model_card(args, concepts, images, repository):
     """Model card: license, base model, tags, a usage snippet that works as pasted, the final pictures."""
-    pictures = "\n".join(f"![{args.validation_prompt}](./image_{i}.png)" for i in range(len(images)))
+    base, pictures = args.pretrained_model_name_or_path, [f"image_{i}.png" for i in range(len(images))]
+    prompts = [concept.instance_prompt for concept in concepts]
+    shown = f"`{args.validation_prompt}`:\n\n" + " ".join(f"![](./{picture})" for picture in pictures)
+    metadata = huggingface_hub.ModelCardData(
+        license="creativeml-openrail-m",
+        base_model=None if Path(base).is_dir() else base,  # the hub refuses what is not on it
+        instance_prompt=", ".join(prompts),
+        tags=["text-to-image", "diffusers", "stable-diffusion", "custom-diffusion"],
+        widget=[{"text": args.validation_prompt, "output": {"url": picture}} for picture in pictures] or None,
+    )
     return f"""---
-license: creativeml-openrail-m
-base_model: {args.pretrained_model_name_or_path}
-instance_prompt: {json.dumps(example_prompt(args))}
-tags:
-- text-to-image
-- diffusers
-- stable-diffusion
-- custom-diffusion
+{metadata.to_yaml()}
 ---
 
 # {repository}
 
-Custom Diffusion weights for {args.pretrained_model_name_or_path}. New words: {args.modifier_token or "none"}.
+Custom Diffusion weights for `{base}`, trained on pictures of {", ".join(f"`{prompt}`" for prompt in prompts)}.
 
 ```python
 {usage_snippet(args, repository)}
 ```
 
-{pictures}
+{shown if pictures else ""}
 """
 
 

@@ -20,10 +20,10 @@ echo "The commands: real class pictures, for prior preservation, and the trainin
         --class_data_dir results/real_reg/cat --class_prompt cat \
         --resolution 128 --train_batch_size 8 --max_train_steps 500 --noaug --hflip \
         --learning_rate 2e-3 --lr_scheduler cosine --lr_warmup_steps 20 \
-        --validation_prompt "photo of a <new1> cat on the grass" --validation_steps 250 --num_validation_images 4 \
+        --validation_prompt "photo of a <new1> cat on the grass" --validation_steps 100 --num_validation_images 4 \
         --output_dir results/quickstart "$@"
 )
 python examples/before_after.py --pretrained_model_name_or_path assets/model --weights_dir results/quickstart \
     --instance_data_dir assets/instance/cat --modifier_token "<new1>" --class_prompt cat \
-    --output results/quickstart/before_after.png
-echo "Look at results/quickstart/before_after.png"
+    --output results/quickstart/sheet.png
+echo "Look at results/quickstart/sheet.png"

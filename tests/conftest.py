@@ -26,7 +26,11 @@ SCRIPT = ROOT / "train_custom_diffusion.py"
 EMBEDDED = ROOT / "assets" / "model"
 WEIGHTS = "pytorch_custom_diffusion_weights"
 SECRET = "hf_NobodyMayReadThis"
-SECRETS = {"HF_TOKEN": "hf_NorThisOfTheEnvironment", "WANDB_API_KEY": "nobody0may0read0this0key" + "0" * 16}
+SECRETS = {
+    "HF_TOKEN": "hf_NorThisOfTheEnvironment",
+    "WANDB_API_KEY": "nobody0may0read0this0key" + "0" * 16,
+    "COMET_API_KEY": "NobodyMayReadThisKeyEither",
+}
 
 sys.path.insert(0, str(ROOT))
 os.environ.update(

@@ -112,6 +112,7 @@ ARGUMENTS = {
     "token twice": ({"modifier_token": "<new1>+<new1>"}, ["--modifier_token", "<new1>", "twice"]),
     "empty token": ({"modifier_token": "<new1>+"}, ["--modifier_token"]),
     "token with a slash": ({"modifier_token": "a/b"}, ["--modifier_token", "a/b"]),
+    "token that hides its file": ({"modifier_token": ".new"}, ["--modifier_token", ".new"]),
     "token with a line break": ({"modifier_token": "a\nb"}, ["--modifier_token", "a\\nb"]),
     "token too long for a file": ({"modifier_token": "n" * 300}, ["--modifier_token"]),
     "token that names the weights": ({"modifier_token": WEIGHTS}, ["--modifier_token", WEIGHTS]),
