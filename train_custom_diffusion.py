@@ -1299,7 +1299,7 @@ def start_tracking(args, accelerator):
                 raise ConnectionError("comet_ml can't reach its server, or the server refuses its key")
     except Exception as error:  # network, logins and folders end here
         problem = re.sub("[A-Za-z0-9]{25,}", "***", first_line(error)).rstrip(".")  # keys
-        remedy = "log in, or track offline with WANDB_MODE=offline or COMET_START_ONLINE=False, or change the flag"
+        remedy = "log in, or WANDB_MODE=offline, or COMET_START_ONLINE=False with accelerate 1.6, or change the flag"
         fail(f"--report_to {args.report_to}", f"{problem}; {remedy}")
     finally:
         logging.disable(logging.NOTSET)
