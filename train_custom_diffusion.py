@@ -909,9 +909,7 @@ def generate_class_pictures(args, accelerator, concepts):
         ).images
         for image, (_, _, file) in zip(images, batch, strict=True):
             file.parent.mkdir(parents=True, exist_ok=True)
-            content = io.BytesIO()
-            image.save(content, format="PNG")
-            write_file(file, content.getvalue())
+            save_picture(image, file)
         progress.update(len(batch))
     progress.close()
     del pipeline
@@ -1353,7 +1351,7 @@ def validate(args, accelerator, pipeline, step):
         leave_device(pipeline.vae)
     file = validation_file(args, step)
     file.parent.mkdir(exist_ok=True)
-    label_above(picture_grid(images, 4), f"step {step}" if step else "before", args.resolution).save(file)
+    save_picture(label_above(picture_grid(images, 4), f"step {step}" if step else "before", args.resolution), file)
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.log_images({"validation": np.stack(images)}, step, dataformats="NHWC")
@@ -1368,6 +1366,13 @@ def validate(args, accelerator, pipeline, step):
 def validation_file(args, step):
     """Where the validation pictures of a step are."""
     return Path(args.output_dir, "validation", f"step-{step:06d}.png")
+
+
+def save_picture(image, file):
+    """Writes a PNG file that is complete whenever it is there: a run that goes on reads what a killed one wrote."""
+    content = io.BytesIO()
+    image.save(content, format="PNG")
+    write_file(file, content.getvalue())
 
 
 def picture_grid(images, columns):

@@ -13,6 +13,7 @@ import time
 
 import pytest
 from conftest import FAST, LAUNCHERS, SCRIPT, WEIGHTS, finish, flags, fork, load_trained, same_bits, start, wait_until
+from PIL import Image
 
 pytestmark = pytest.mark.slow
 
@@ -124,6 +125,33 @@ def test_killed_at_random(common, undisturbed, tmp_path):
     fork(folder, resume_from_checkpoint="latest", **common)
     assert kills
     assert same_bits(load_trained(folder), load_trained(undisturbed))
+
+
+KILLED_WHILE_DRAWING = """
+import io, os
+from PIL import Image
+save, count = Image.Image.save, iter((False, True)).__next__
+def half(image, target, *args, **options):
+    if not count():
+        return save(image, target, *args, **options)
+    content = io.BytesIO()
+    save(image, content, "PNG")
+    stream = target if hasattr(target, "write") else open(target, "wb")
+    stream.write(content.getvalue()[:1000])
+    stream.flush()
+    os._exit(9)
+Image.Image.save = half
+"""
+
+
+def test_killed_while_a_picture_is_written(common, tmp_path):
+    """Just after a checkpoint: the run that goes on does not draw it again, and makes its sheets without it."""
+    values = common | {"validation_prompt": "a <new1> cat", "validation_steps": 2}
+    folder = tmp_path / "run"
+    finish(start(folder, prelude=KILLED_WHILE_DRAWING, **values), folder, status=9)
+    assert checkpoints(folder) == ["checkpoint-2"]
+    fork(folder, **values, resume_from_checkpoint="latest")
+    assert Image.open(folder / "steps.png").size == (3 * 64, 64 + 16)  # before, 4 and 6
 
 
 def test_newest_is_what_was_written_last(common, undisturbed, tmp_path):
