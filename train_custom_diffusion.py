@@ -1682,22 +1682,19 @@ def prove_reload(args, pipeline):
 
 @torch.no_grad()
 def probe(pipeline, args):
-    """Text encoder's hidden states and UNet's prediction, float32, for one prompt and fixed noisy latents."""
+    """Text encoder's hidden states and UNet's prediction, float32, for all new words and fixed noisy latents."""
     unet, text_encoder = pipeline.unet.float(), pipeline.text_encoder.float()
-    input_ids = torch.from_numpy(tokenize(pipeline.tokenizer, example_prompt(args)))
+    prompt = " ".join(["photo of a", *modifier_tokens(args)])
+    input_ids = torch.from_numpy(tokenize(pipeline.tokenizer, prompt))
     hidden = text_encoder(input_ids[None].to(unet.device))[0]
     cells = args.resolution // vae_factor(pipeline.vae.config)
     noise = torch.randn(1, unet.config.in_channels, cells, cells, generator=torch.Generator().manual_seed(0))
     return hidden.cpu(), unet(noise.to(unet.device), 500, hidden).sample.cpu()
 
 
-def example_prompt(args):
-    """A prompt for which the result was made."""
-    return args.validation_prompt or args.instance_prompt or " ".join(["photo of a", *modifier_tokens(args)])
-
-
-def usage_snippet(args, weights):
+def usage_snippet(args, concepts, weights):
     """Python lines that load the result (a folder or hub repository) into the base model and make a picture."""
+    prompt = args.validation_prompt or concepts[0].instance_prompt
     ending, base = file_ending(args), repr(args.pretrained_model_name_or_path)
     base += "".join(f", {key}={vars(args)[key]!r}" for key in ("revision", "variant") if vars(args)[key])
     return "\n".join([
@@ -1709,7 +1706,7 @@ def usage_snippet(args, weights):
         f"weights = {weights!r}",
         f"pipeline.unet.load_attn_procs(weights, weight_name='{WEIGHTS_NAME}.{ending}', _pipeline=pipeline)",
         *(f"pipeline.load_textual_inversion(weights, weight_name={f'{t}.{ending}'!r})" for t in modifier_tokens(args)),
-        f"image = pipeline({example_prompt(args)!r}, num_inference_steps=100, guidance_scale=6.0, eta=1.0).images[0]",
+        f"image = pipeline({prompt!r}, num_inference_steps=100, guidance_scale=6.0, eta=1.0).images[0]",
         "image.save('picture.png')",
     ])  # fmt: skip
 
@@ -1722,7 +1719,7 @@ def finish(args, accelerator, pipeline, step, concepts, repository):
     if images:
         compare_steps(args, step)
     print(f"Saved to {args.output_dir}; loads back as trained (checked). To use it:\n")
-    print(usage_snippet(args, args.output_dir))
+    print(usage_snippet(args, concepts, args.output_dir))
     if repository:
         upload(args, concepts, images, repository)
 
@@ -1788,7 +1785,7 @@ def model_card(args, concepts, images, repository):
 Custom Diffusion weights for `{base}`, trained on pictures of {", ".join(f"`{prompt}`" for prompt in prompts)}.
 
 ```python
-{usage_snippet(args, repository)}
+{usage_snippet(args, concepts, repository)}
 ```
 
 {shown if pictures else ""}

@@ -189,6 +189,7 @@ def test_failed_upload(two_real_concepts, sd1, tmp_path):
         assert "base_model" not in metadata and "widget" not in metadata and f"`{sd1}`" in text
         assert metadata["instance_prompt"] == "photo of a <New1> cat, photo of a <new2> pot"
         assert "`photo of a <New1> cat`, `photo of a <new2> pot`" in text and "image_" not in text
+        assert "pipeline('photo of a <New1> cat', " in text
         assert hub.unknown == []
 
 
