@@ -30,6 +30,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -118,7 +119,8 @@ def tables(size):
 
 def make_model(name):
     """Folder of a Stable Diffusion of a size with random weights, made when it is first asked for."""
-    folder, size = MODELS / name, SIZES[name]
+    # what one version of transformers saves another may not read
+    folder, size = MODELS / f"{name}-transformers-{metadata.version('transformers')}", SIZES[name]
     if folder.exists():
         return folder
     os.environ["DIFFUSERS_VERBOSITY"] = "error"
