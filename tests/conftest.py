@@ -463,15 +463,12 @@ def two_real_concepts(two_concepts, world, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def cat_flags(one_concept, world):
-    """One concept with real class pictures: six steps."""
-    return one_concept | {
+def cat_flags(one_real_concept, world):
+    """One concept with class pictures as retrieve.py leaves them: six steps."""
+    return one_real_concept | {
         "class_data_dir": world / "retrieved",
-        "class_prompt": "cat",
-        "with_prior_preservation": True,
         "real_prior": "True",
         "num_class_images": 5,
-        "hflip": True,
         "train_batch_size": 2,
         "max_train_steps": 6,
         "cwd": world,
