@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measures what the trainer teaches the embedded model, and what it spoils; prints the README's tables.
+"""Measures what the trainer teaches the embedded model, and what it spoils; prints the tables of docs/measurements.md.
 
     python benchmarks/concept_learning.py [--seeds 0 1 2] [--quick] [-- --max_train_steps 400]
     python benchmarks/concept_learning.py --cache_latents 1 2 4

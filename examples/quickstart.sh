@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Teaches the embedded model a cat that it has never seen and draws a sheet of pictures before and after.
-# Arguments are added to the training command.
+# Teaches the small model of this repository a cat that it has never seen, and draws pictures from before and after.
+# Your arguments are added to the training command: bash examples/quickstart.sh --max_train_steps 100
 source "$(dirname "$0")/../tools/environment.sh" requirements.txt
-# glibc would return every large buffer to the system and ask for it again at the next step
+# keeps glibc from returning every large buffer to the system, only to ask for it again at the next step
 export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
 export HF_HUB_OFFLINE=1
 
-echo "The commands: real class pictures, for prior preservation, and the training"
+echo "First collect class pictures for prior preservation, then train:"
 (
     set -x
     python retrieve.py --source dataset --dataset assets/regularization/cat --class_prompt cat \
@@ -26,4 +26,4 @@ echo "The commands: real class pictures, for prior preservation, and the trainin
 python examples/before_after.py --pretrained_model_name_or_path assets/model --weights_dir results/quickstart \
     --instance_data_dir assets/instance/cat --modifier_token "<new1>" --class_prompt cat \
     --output results/quickstart/sheet.png
-echo "Look at results/quickstart/sheet.png"
+echo "Open results/quickstart/sheet.png to see what the model has learned."

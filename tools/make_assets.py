@@ -582,27 +582,28 @@ pipeline_tag: text-to-image
 
 A Stable Diffusion pipeline with {sum(values["sizes"].values()):.1f} million parameters that draws 128 x 128 pictures of
 ten everyday things ({", ".join(world.KINDS)}) in eleven colours and five patterns on eight plain backgrounds and four
-scenes. It has the architecture and the noise schedule of Stable Diffusion 1 at a small scale, so code for the one runs
-on the other, in seconds on a CPU. It knows nothing else, and is no use beyond trying out code.
+scenes. It has the architecture and the noise schedule of Stable Diffusion 1 at a small scale, so code for Stable
+Diffusion also runs on this model, in seconds on a CPU. It can draw nothing else. Use it only to try out code.
 
 ![samples](samples.jpg)
 
-Samples of held-out prompts (guidance {args.guidance_scale:g}), row by row:
+Samples for prompts that were not in the training (guidance {args.guidance_scale:g}), row by row:
 
 {chr(10).join(values["captions"])}
 
 ## How it was made
 
-Everything, pictures included, comes from one command and its seed:
+One command makes the model and all pictures from a seed:
 
 ```bash
 python tools/make_assets.py --seed {args.seed}
 ```
 
-`tools/world.py` rendered {args.num_images:,} pictures, with new captions at every step. One in eleven combinations of
-thing, colour and background was left out; so were cats and pots with two colours of the concepts in `assets/instance`.
-Some captions hold a rare word that means nothing, which makes a rare token a harmless place for a new concept to begin.
-Tokens that no caption uses share {Vocabulary.NONSENSE} embedding rows.
+`tools/world.py` rendered {args.num_images:,} pictures, and each training step wrote new captions for them. One in
+eleven combinations of thing, colour and background was left out, and so were cats and pots with two of the colours of
+the concepts in `assets/instance`. Some captions contain a rare word without a meaning. The model learns to ignore such
+words, which makes them a harmless starting point for a new concept. Tokens that no caption uses
+share {Vocabulary.NONSENSE} embedding rows.
 
 | part | parameters (million) |
 | --- | --- |
@@ -612,21 +613,23 @@ Tokens that no caption uses share {Vocabulary.NONSENSE} embedding rows.
 | --- | --- |
 {chr(10).join(f"| {name} | {value:.0f} |" for name, value in seconds.items())}
 
-{args.vae_steps:,} steps for the autoencoder and {args.diffusion_steps:,} steps of 48 pictures for text encoder and
-UNet, on {"two CPU cores" if args.device == "cpu" else args.device}, with
-{", ".join(f"{name} {version}" for name, version in versions.items())}. Weights are stored as float16.
+The autoencoder trained for {args.vae_steps:,} steps, and the text encoder and UNet for
+{args.diffusion_steps:,} steps of 48 pictures, on {"two CPU cores" if args.device == "cpu" else args.device}, with
+{", ".join(f"{name} {version}" for name, version in versions.items())}. The weights are stored as float16.
 
 ## Scores
 
-100 prompts of held-out combinations, one picture each, DPM-Solver++ with 25 steps, guidance {args.guidance_scale:g},
-judged by `tools/measure.py` without any learned model. The third column is the judge's score on true renders.
+`tools/measure.py` scored one picture for each of 100 prompts with combinations that were left out of the training. It
+uses no learned model. The pictures were drawn with DPM-Solver++, 25 steps and guidance {args.guidance_scale:g}. The
+third column gives the scores of true renders.
 
 | measure | model | true renders | n |
 | --- | --- | --- | --- |
 {chr(10).join(values["scores"])}
 
-The autoencoder reconstructs {UNSEEN} unseen pictures with a mean PSNR of {values["psnr"]:.1f} dB. The concept measures
-reach the following on true pictures of the concepts (50 each), which is the most that customization can reach:
+The autoencoder reconstructs {UNSEEN} pictures that it has not seen with a mean PSNR of
+{values["psnr"]:.1f} dB. On true pictures of the two concepts (50 each), the concept measures
+reach these values. A trained concept can't do better:
 
 | concept | pictures | colour | layout |
 | --- | --- | --- | --- |

@@ -1,0 +1,223 @@
+"""What the README and the pages of docs/ say is true: their code blocks run as printed, with the embedded model and few
+steps; flags, defaults, links, quoted lines and the names of tests are right.
+
+The bash blocks of all pages run first, in their order, in one folder. Then the Python blocks of each page run as one
+session in the same folder. A block with `<!-- not run: reason -->` above it is left out.
+"""
+
+import ast
+import os
+import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SECRET, run
+from hub import Hub
+from PIL import Image
+
+PAGES = {str(file.relative_to(ROOT)): file.read_text("utf-8") for file in sorted((ROOT / "docs").glob("*.md"))}
+PAGES = {"README.md": (ROOT / "README.md").read_text("utf-8")} | PAGES
+OTHER_PAGES = {name: (ROOT / name).read_text("utf-8") for name in ("CONTRIBUTING.md", "assets/model/README.md")}
+SCRIPT = (ROOT / "train_custom_diffusion.py").read_text("utf-8")
+BLOCK = re.compile(r"^(?:<!-- not run: ([^\n]+) -->\n)?```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+BIN, BASE = Path(sys.executable).parent, "tester/sd"
+QUOTED = "lines of the script"
+FEWER = re.compile(r"(max_train_steps|num_inference_steps|num_class_images)=\d+")
+# what a reader puts in place of the printed words, here the embedded model and its pictures
+SWAPS = {
+    "CompVis/stable-diffusion-v1-4": "assets/model",
+    "pip install": "pip install --dry-run",  # the tests' environment stays as it is
+    'to("cuda", torch.float16)': 'to("cpu", torch.float32)',
+    "your-name": "tester",
+    "./data/cat": "assets/instance/cat",
+    "./data/face": "assets/instance/cat",
+    "samples_person": "samples_cat",
+    "resolution=512": "resolution=128",
+    "real_reg/samples_cat --num_class_images 200": "real_reg/samples_cat --num_class_images 200 "
+    "--source dataset --dataset assets/regularization/cat",
+}
+# what the bash blocks of all pages and the Python blocks of each leave, relative to the folder in which they run
+RESULTS = ["my-cat", "my-face"]
+RESULTS += [f"results/{name}" for name in ("two-concepts", "resumed", "two-processes", "two-machines", "small")]
+PICTURES = ("pot.png", "cat_from_a_pot.png", "pot_with_another_top.png", "cat_from_the_hub.png")
+LEFT = {
+    "README.md": ["cat.png", "results/python/<new1>.safetensors"],
+    "docs/other-tools.md": [*PICTURES, "results/my-cat-model/model_index.json"],
+}
+
+
+def blocks(page, language, marked=False):
+    """Code blocks of a page, those that run or those that are marked."""
+    found = BLOCK.findall(PAGES[page])
+    return [code for reason, kind, code in found if kind == language and bool(reason) == marked]
+
+
+PYTHON_PAGES = [page for page in PAGES if blocks(page, "python")]
+
+
+@pytest.fixture(scope="module")
+def hub():
+    """A hub on loopback that has the embedded model."""
+    with Hub() as hub:
+        process = run(BIN / "hf", "upload", BASE, ROOT / "assets" / "model", env=hub.environment(HF_TOKEN=SECRET))
+        assert process.returncode == 0, process.stderr
+        yield hub
+
+
+def run_block(folder, hub, language, code, **variables):
+    """Runs a block as a reader would who has put in words of their own."""
+    for printed, here in SWAPS.items():
+        code = code.replace(printed, here)
+    code = FEWER.sub(r"\1=2", code)
+    own = {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": ".", "HF_HOME": str(folder / "hf")}
+    environment = hub.environment(HF_TOKEN=SECRET, **own | variables)
+    command = ["bash", "-euc", code] if language == "bash" else [sys.executable, "-c", code]
+    process = run(*command, cwd=folder, env=environment)
+    assert process.returncode == 0, code + process.stdout[-1000:] + process.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def used(hub, tmp_path_factory):
+    """A folder like a clone in which all bash blocks ran, but for the first two: this test and the quickstart."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("assets", "concept_list.json", "requirements.txt", "retrieve.py", "train_custom_diffusion.py"):
+        (folder / name).symlink_to(ROOT / name)
+    exported = {"INSTANCE_DIR": "assets/instance/cat", "OUTPUT_DIR": "my-cat", "FIRST_MACHINE": "127.0.0.1"}
+    for code in [code for page in PAGES for code in blocks(page, "bash")][2:]:
+        variables = exported | {"MODEL_NAME": BASE if "--push_to_hub" in code else "assets/model"}
+        ranks = "01" if "$MACHINE_RANK" in code else "0"  # a process stands for each machine
+        with ThreadPoolExecutor() as pool:
+            started = [pool.submit(run_block, folder, hub, "bash", code, MACHINE_RANK=n, **variables) for n in ranks]
+            for block in started:
+                block.result()
+    (folder / "results" / "quickstart").symlink_to("resumed")  # stands in for the quickstart's result
+    return folder
+
+
+# What runs
+
+
+def test_bash_blocks(used, hub):
+    assert len((used / "real_reg" / "samples_cat" / "caption.txt").read_text().splitlines()) == 200
+    assert len(list((used / "class_pictures" / "cat").glob("*.png"))) == 2
+    for result in RESULTS:
+        assert list((used / result).glob("*.safetensors")), result
+    assert (used / "results" / "two-concepts" / "<new2>.safetensors").is_file()
+    assert (used / "my-cat" / "before_after.png").is_file()
+    assert "pytorch_custom_diffusion_weights.safetensors" in hub.files("tester/my-cat")
+
+
+@pytest.mark.parametrize("page", PYTHON_PAGES)
+def test_python_blocks(page, used, hub):
+    run_block(used, hub, "python", "\n".join(blocks(page, "python")))
+    for name in LEFT.get(page, []):
+        assert (used / name).is_file(), name
+        assert not name.endswith(".png") or Image.open(used / name).size == (128, 128), name
+
+
+def test_few_blocks_are_not_run():
+    found = [reason for text in PAGES.values() for reason, _, _ in BLOCK.findall(text)]
+    skipped = [reason for reason in found if reason and reason != QUOTED]
+    assert len(skipped) <= 2 and len(found) > 20, skipped
+
+
+# What is said
+
+
+def test_readme_is_short():
+    assert len(PAGES["README.md"].splitlines()) <= 350 and len(PAGES["README.md"].split()) <= 2500
+
+
+def test_readme_starts_with_what_works_at_once():
+    """The two commands, then one for Stable Diffusion that needs no account of a tracker."""
+    first, second, third = blocks("README.md", "bash")[:3]
+    assert (first, second) == ("bash examples/quickstart.sh\n", "bash tests/run.sh\n")
+    assert "stable-diffusion" in third and "--report_to" not in third and "--push_to_hub" not in third
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_weights_are_loaded_into_a_pipeline(page):
+    """Without `_pipeline` diffusers installs nothing and does not say so."""
+    calls = re.findall(r"load_attn_procs\(.*", "\n".join(blocks(page, "python")))
+    assert [call for call in calls if "_pipeline=pipeline" not in call] == []
+
+
+def test_quoted_lines_are_the_scripts():
+    """The lines that explain the method stand in the script."""
+    found = [code for text in PAGES.values() for reason, _, code in BLOCK.findall(text) if reason == QUOTED]
+    quoted = [line.strip() for code in found for line in code.splitlines()]
+    assert len(quoted) >= 8
+    assert [line for line in quoted if line not in SCRIPT] == []
+
+
+def test_flags_and_defaults():
+    """The tables of docs/flags.md have every flag once, with its default."""
+    from train_custom_diffusion import parse_args
+
+    needed = ["--pretrained_model_name_or_path=m", "--instance_data_dir=d", "--instance_prompt=p"]
+    defaults = vars(parse_args(needed)) | dict.fromkeys(word.split("=")[0][2:] for word in needed)
+    rows = re.findall(r"^\| (`--[^|]+) \| ([^|]*) ?\|", PAGES["docs/flags.md"], re.MULTILINE)
+    shown = {}
+    for names, values in rows:
+        names, values = re.findall(r"--(\w+)", names), values.strip().split(", ")
+        values = values * len(names) if values in (["off"], [""]) else values
+        assert not shown.keys() & set(names)
+        shown |= dict(zip(names, values, strict=True))
+    words = {False: "off", None: ""}
+    assert shown.keys() == defaults.keys()
+    for name, value in defaults.items():
+        if type(value) in (int, float):
+            assert float(shown[name]) == value, name
+        else:
+            assert shown[name].replace("none", "") == words.get(value, value), name
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_flags_that_are_named_exist(page):
+    """In sentences; those in code blocks are used."""
+    files = [ROOT / "train_custom_diffusion.py", ROOT / "retrieve.py", *(ROOT / "benchmarks").glob("*.py")]
+    known = {name for file in files for name in re.findall(r'"--(\w+)"', file.read_text("utf-8"))}
+    known |= {"num_processes", "multi_gpu", "dynamo_backend", "logdir"}  # accelerate's and tensorboard's
+    named = set(re.findall(r"(?<![\w-])--(\w+)", BLOCK.sub("", PAGES[page])))
+    assert named - known - {"name"} == set()  # --name=value stands for any
+
+
+def anchors(text):
+    headings = re.findall(r"^#+ (.+)$", BLOCK.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links():
+    """Links to headings, pages and files of the repository; every page of docs/ is linked from the README."""
+    pages, count = PAGES | OTHER_PAGES, 0
+    for page, text in pages.items():
+        for link in re.findall(r"\]\(([^)]+)\)", text):
+            if link.startswith("https://"):
+                continue
+            path, _, anchor = link.partition("#")
+            target = (ROOT / page).parent / path if path else ROOT / page
+            assert target.is_file(), (page, link)
+            assert not anchor or anchor in anchors(target.read_text("utf-8")), (page, link)
+            count += 1
+    assert count >= 25
+    assert [page for page in PAGES if page != "README.md" and f"]({page})" not in PAGES["README.md"]] == []
+
+
+def test_named_tests_exist():
+    written = "".join(file.read_text("utf-8") for file in (ROOT / "tests").glob("test_*.py"))
+    named = re.findall(r"`(test_\w+)`", PAGES["docs/differences.md"])
+    assert len(named) >= 18
+    assert [name for name in named if f"def {name}(" not in written] == []
+
+
+def test_benchmark_uses_the_quickstarts_settings():
+    script = (ROOT / "examples" / "quickstart.sh").read_text("utf-8")
+    tree = ast.parse((ROOT / "benchmarks" / "concept_learning.py").read_text("utf-8"))
+    names = ("MODEL", "CAT", "PRIOR", "CAT_CLASS", "SETTINGS")
+    used = [node for node in ast.walk(tree) if isinstance(node, ast.Assign | ast.AugAssign)]
+    used = [node for node in used if getattr(getattr(node, "target", None) or node.targets[0], "id", "") in names]
+    words = [word.value for node in used for word in ast.walk(node) if isinstance(word, ast.Constant)]
+    command = re.sub(r"\\\n", " ", script)
+    assert words and all(word in command for word in words)
