@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SECRET, run
 from hub import Hub
+from launching import ROOT, SECRET, run
 from PIL import Image
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
