@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
 import yaml
-from conftest import SECRET, SECRETS
+from launching import SECRET, SECRETS
 
 USER = "tester"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")

@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
-from conftest import EMBEDDED, ROOT, fresh_pipeline
+from launching import ROOT
+from models import EMBEDDED
 from PIL import Image
+from reading import fresh_pipeline
 
 ASSETS = ROOT / "assets"
 

@@ -1,9 +1,24 @@
-"""Checkpoints of runs that were launched as a user does: which ones stay, resuming, and what is refused."""
+"""Checkpoints: which ones stay, what is refused, and that a stopped run ends with the bits of one that was not stopped.
 
+Runs are stopped by kills, signals and a full disk. What is left is complete, and `latest` goes on from it.
+"""
+
+import math
+import os
+import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
-from conftest import flags, load_trained, refusals_of, same_bits, train
+import torch
+from launching import FAST, LAUNCHERS, SCRIPT, finish, flags, fork, refusals_of, run, start, train, wait_until
+from observers import die_while_a_picture_is_written, hang_in_a_step, slow_disk
+from PIL import Image
+from reading import WEIGHTS, load_trained, same_bits, training_state
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
 def checkpoints(folder):
@@ -22,76 +37,444 @@ def test_limit_keeps_the_newest(trained):
     assert checkpoints(trained) == ["checkpoint-4", "checkpoint-6"]
 
 
-def test_resume_by_name(trained, plain_flags, tmp_path):
+def test_resume_a_launched_run(trained, plain_flags, tmp_path):
     """With other worker processes and without validation: the same bits."""
     folder = copy_run(trained, tmp_path / "run", "checkpoint-4")
     train(folder, resume_from_checkpoint="checkpoint-4", **plain_flags)
     assert same_bits(load_trained(folder), load_trained(trained))
 
 
-def test_resume_by_path(trained, plain_flags, tmp_path):
-    """In another output folder, with validation and worker processes."""
-    folder = tmp_path / "elsewhere"
-    more = {"validation_prompt": "a <new1> cat", "num_validation_images": 1, "dataloader_num_workers": 2}
-    train(folder, resume_from_checkpoint=trained / "checkpoint-4", **plain_flags | more)
-    assert same_bits(load_trained(folder), load_trained(trained))
+# What does not fit or is damaged is refused. One process calls main for all of it.
 
 
-# What does not fit is refused. One notebook asks for all of it.
+def truncate(file):
+    file.write_bytes(file.read_bytes()[:-100])
 
 
+def empty(file):
+    file.write_bytes(b"")
+
+
+def remove(file):
+    file.unlink()
+
+
+DAMAGES = {  # made to copies of checkpoint-4, in folders of other steps
+    "checkpoint-11": ("training_state.pt", truncate),
+    "checkpoint-12": ("training_state.pt", empty),
+    "checkpoint-13": (f"{WEIGHTS}.safetensors", truncate),
+    "checkpoint-14": (f"{WEIGHTS}.safetensors", empty),
+    "checkpoint-15": ("<new1>.safetensors", empty),
+}
 REFUSED = {
     "tokens": ({"modifier_token": "<cat1>", "instance_prompt": "photo of a <cat1> cat"}, ["<new1>", "<cat1>"]),
-    "more tokens": (
-        {"modifier_token": "<new1>+<b>", "instance_prompt": "<new1> and <b>"},
-        ["<new1>+<b>", "with modifier_token <new1>,"],
-    ),
-    "freeze_model": ({"freeze_model": "crossattn"}, ["crossattn_kv", "this run has crossattn;"]),
-    "resolution": ({"resolution": 72}, ["64", "72"]),
-    "seed": ({"seed": 7}, ["seed 42", "7"]),
-    "batch": ({"train_batch_size": 3}, ["train_batch_size 2", "3"]),
-    "accumulation": ({"gradient_accumulation_steps": 2}, ["gradient_accumulation_steps 1", "2"]),
-    "no prior preservation": (
-        {"with_prior_preservation": None, "real_prior": None},
-        ["with_prior_preservation True", "False"],
-    ),
+    "freeze_model": ({"freeze_model": "crossattn"}, ["crossattn_kv", "crossattn"]),
+    "resolution": ({"resolution": 72}, ["resolution", "64", "72"]),
+    "seed": ({"seed": 7}, ["seed", "42", "7"]),
+    "batch": ({"train_batch_size": 3}, ["train_batch_size", "2", "3"]),
+    "no prior preservation": ({"with_prior_preservation": None, "real_prior": None}, ["with_prior_preservation"]),
     "another base model": ({"pretrained_model_name_or_path": "SD2"}, ["base"]),
     "no such checkpoint": ({"resume_from_checkpoint": "checkpoint-99"}, ["checkpoint-99", "checkpoint-4"]),
-    "incomplete": ({"resume_from_checkpoint": "checkpoint-1"}, ["checkpoint-1", "damaged"]),
-    "damaged": ({"resume_from_checkpoint": "checkpoint-3"}, ["checkpoint-3", "damaged"]),
+    "incomplete": ({"resume_from_checkpoint": "checkpoint-1"}, ["checkpoint-1"]),
+    **{
+        f"{spoil.__name__} {file}": ({"resume_from_checkpoint": name}, [name])
+        for name, (file, spoil) in DAMAGES.items()
+    },
 }
 
 
 @pytest.fixture(scope="module")
 def refusals(trained, sd2, plain_flags, tmp_path_factory):
-    """What each call of REFUSED answered, and what happened to the folder."""
+    """How each call of REFUSED ended, and what happened to the folder."""
     folder = copy_run(trained, tmp_path_factory.mktemp("refused"), "checkpoint-4")
     (folder / "checkpoint-1").mkdir()
-    shutil.copytree(folder / "checkpoint-4", folder / "checkpoint-3")
-    for file in (folder / "checkpoint-3").iterdir():
-        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    for name, (file, spoil) in DAMAGES.items():
+        shutil.copytree(folder / "checkpoint-4", folder / name)
+        spoil(folder / name / file)
     before = sorted(folder.rglob("*"))
     calls = {}
     for name, (values, _) in REFUSED.items():
-        values = {"output_dir": folder, "resolution": 64, "resume_from_checkpoint": "checkpoint-4"} | values
-        values = plain_flags | {"report_to": "none"} | values
+        values = FAST | plain_flags | {"output_dir": folder, "resume_from_checkpoint": "checkpoint-4"} | values
         if values["pretrained_model_name_or_path"] == "SD2":
             values["pretrained_model_name_or_path"] = sd2
-        values.pop("cwd")
+        cwd = values.pop("cwd")
         calls[name] = flags(**values)
-    return refusals_of(calls, cwd=plain_flags["cwd"]) | {
-        "folder": "as it was" if sorted(folder.rglob("*")) == before else "changed"
-    }
+    return refusals_of(calls, cwd), sorted(folder.rglob("*")) == before
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(case, refusals):
-    """One line that names the checkpoint and both values."""
-    answer = refusals[case]
-    assert answer.startswith("error: ") and "\n" not in answer
-    assert "--resume_from_checkpoint" in answer
-    assert all(words in answer for words in REFUSED[case][1]), answer
+    """One line that names the checkpoint and what does not fit."""
+    answer = refusals[0][case]
+    assert answer.startswith("error: ") and "\n" not in answer and "--resume_from_checkpoint" in answer
+    assert [word for word in REFUSED[case][1] if word not in answer] == [], answer
 
 
 def test_refusing_changes_nothing(refusals):
-    assert refusals["folder"] == "as it was"
+    assert refusals[1]
+
+
+# Resuming is exact: weights, optimizer, schedule, trackers
+
+
+STEPS = 8  # epochs are 5 draws long
+
+
+@pytest.fixture(scope="module")
+def every_step(one_real_concept):
+    """One concept, prior preservation, augmentation, warm-up and a cosine schedule, a checkpoint after every step."""
+    return one_real_concept | {
+        "learning_rate": 1e-2,
+        "lr_scheduler": "cosine",
+        "lr_warmup_steps": 3,
+        "max_train_steps": STEPS,
+        "checkpointing_steps": 1,
+        "report_to": "tensorboard",
+    }
+
+
+WAYS = {
+    "plain": {},
+    "accumulation": {"gradient_accumulation_steps": 3},
+    "two processes": {"processes": 2, "train_batch_size": 2},
+    "two processes, accumulation": {"processes": 2, "gradient_accumulation_steps": 2},
+    "crossattn": {"freeze_model": "crossattn", "modifier_token": None, "max_grad_norm": 0.1},
+}
+AROUND = {"dataloader_num_workers": 2, "validation_prompt": "a <new1> cat", "validation_steps": 2}
+AROUND["num_validation_images"] = 1
+STOPS = {  # way: steps after which it is stopped; among them an epoch's end, and before and after it
+    "plain": [1, 4, 5, 6],
+    "accumulation": [2, 5],
+    "two processes": [2],
+    "two processes, accumulation": [4],
+    "crossattn": [5],
+}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(every_step, tmp_path_factory):
+    """Uninterrupted runs by their way, made when asked for."""
+    runs = {}
+
+    def get(way):
+        if way not in runs:
+            runs[way] = fork(tmp_path_factory.mktemp("runs") / "run", **every_step | WAYS[way])
+        return runs[way]
+
+    return get
+
+
+def same_state(left, right):
+    """Whether two nested states hold the same numbers, bit by bit."""
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same_state(left[key], right[key]) for key in left)
+    return torch.equal(left, right) if torch.is_tensor(left) else left == right
+
+
+def logged(folder):
+    """What tensorboard's files hold: {tag: {step: value}}; every step must be there once."""
+    found = {}
+    for file in folder.rglob("events.out.tfevents*"):
+        events = EventAccumulator(str(file)).Reload()
+        for tag in events.Tags()["scalars"]:
+            for event in events.Scalars(tag):
+                assert event.step not in found.setdefault(tag, {}), "logged twice"
+                found[tag][event.step] = event.value
+    return found
+
+
+def check_equal(folder, expected):
+    """Result, and the last checkpoint with its optimizer state."""
+    assert same_bits(load_trained(folder), load_trained(expected))
+    last = f"checkpoint-{STEPS}"
+    assert same_bits(load_trained(folder / last), load_trained(expected / last))
+    states = training_state(folder / last), training_state(expected / last)
+    assert states[0]["optimizer"] and same_state(*states)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way, stop", [(way, stop) for way in STOPS for stop in STOPS[way]])
+def test_resume_is_exact(way, stop, uninterrupted, every_step, tmp_path):
+    """With and without worker processes and validation around the resumed part."""
+    expected = uninterrupted(way)
+    folder = copy_run(expected, tmp_path / "run", f"checkpoint-{stop}")
+    around = AROUND if stop % 2 and way == "plain" else {}
+    fork(folder, **every_step | WAYS[way] | around, resume_from_checkpoint="latest")
+    check_equal(folder, expected)
+    before, after = logged(expected), logged(folder)
+    assert after.keys() == before.keys() == {"loss", "lr"}
+    for tag in after:
+        assert after[tag] == {step: value for step, value in before[tag].items() if step > stop}
+
+
+@pytest.mark.slow
+def test_schedule_as_a_formula(uninterrupted):
+    """Warm-up over 3 optimizer steps, then half a cosine, whatever the accumulation and the processes."""
+    for way in ("plain", "accumulation", "two processes, accumulation"):
+        rates = [
+            step / 3 if step < 3 else (1 + math.cos(math.pi * (step - 3) / (STEPS - 3))) / 2 for step in range(STEPS)
+        ]
+        assert list(logged(uninterrupted(way))["lr"].values()) == pytest.approx([1e-2 * r for r in rates], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_resume_by_name_and_path(uninterrupted, every_step, tmp_path):
+    """A name in output_dir, and a path elsewhere."""
+    expected = uninterrupted("plain")
+    folder = copy_run(expected, tmp_path / "run", "checkpoint-2", "checkpoint-5")
+    fork(folder, **every_step, resume_from_checkpoint="checkpoint-2")
+    assert "step 2" in (tmp_path / "run.log").read_text()
+    check_equal(folder, expected)
+    fork(tmp_path / "other", **every_step, resume_from_checkpoint=expected / "checkpoint-5")
+    check_equal(tmp_path / "other", expected)
+
+
+@pytest.mark.slow
+def test_more_steps_than_planned(every_step, tmp_path):
+    """--max_train_steps may be raised: with a constant learning rate, as if it had been so from the start."""
+    constant = every_step | {"lr_scheduler": "constant", "max_train_steps": STEPS}
+    expected = fork(tmp_path / "expected", **constant)
+    folder = fork(tmp_path / "run", **constant | {"max_train_steps": 3})
+    fork(folder, **constant, resume_from_checkpoint="latest")
+    check_equal(folder, expected)
+
+
+@pytest.mark.slow
+def test_learning_rate_is_the_command_lines(uninterrupted, every_step, tmp_path):
+    """What is given on resuming applies: learning rate and schedule are not taken from the checkpoint."""
+    folder = copy_run(uninterrupted("plain"), tmp_path / "run", "checkpoint-4")
+    fork(folder, **every_step | {"learning_rate": 5e-4, "lr_scheduler": "constant"}, resume_from_checkpoint="latest")
+    assert list(logged(folder)["lr"].values()) == pytest.approx([5e-4] * 4)
+
+
+@pytest.mark.slow
+def test_nothing_left_to_do(uninterrupted, every_step, tmp_path):
+    """A run that stopped after its last step only has to write its result."""
+    folder = copy_run(uninterrupted("plain"), tmp_path / "run", f"checkpoint-{STEPS}")
+    fork(folder, **every_step, resume_from_checkpoint="latest")
+    check_equal(folder, uninterrupted("plain"))
+
+
+# Killed
+
+
+@pytest.fixture(scope="module")
+def six_steps(one_concept):
+    """One concept, six steps, a checkpoint every second one, two of them kept."""
+    return one_concept | {
+        "learning_rate": 1e-2,
+        "max_train_steps": 6,
+        "checkpointing_steps": 2,
+        "checkpoints_total_limit": 2,
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(six_steps, tmp_path_factory):
+    """The same run with all of its checkpoints, and nothing happening to it."""
+    return fork(tmp_path_factory.mktemp("runs") / "run", **six_steps | {"checkpoints_total_limit": None})
+
+
+def check_complete(folder, expected):
+    """Every folder with a checkpoint's name has all files, and the weights and state of the undisturbed run."""
+    for name in checkpoints(folder):
+        files = {file.name for file in (expected / name).iterdir()}
+        assert {file.name for file in (folder / name).iterdir()} == files
+        for file in files - {"checkpoint.json"}:
+            assert (folder / name / file).read_bytes() == (expected / name / file).read_bytes(), (name, file)
+
+
+def kill_after(changes, child, folder):
+    """Kills a process once the names in a folder have changed so many times; returns whether it was still running."""
+    names = None
+    while child.is_alive() and changes:
+        found = [place for place in os.walk(folder)]
+        changes -= found != names and names is not None
+        names = found
+        time.sleep(0.001)
+    running = child.is_alive()
+    child.kill()
+    child.join()
+    return running
+
+
+@pytest.mark.slow
+def test_killed_at_many_points(six_steps, undisturbed, tmp_path):
+    """One run on a slow disk, killed again and again, a little later each time, and resumed with `latest`."""
+    folder, resumed, unfinished = tmp_path / "run", [], 0
+    for changes in range(1, 60, 3):
+        (child,) = start(folder, observer=slow_disk, resume_from_checkpoint="latest", **six_steps)
+        if not kill_after(changes, child, folder):
+            break
+        check_complete(folder, undisturbed)
+        resumed.append(max((int(name[11:]) for name in checkpoints(folder)), default=0))
+        unfinished += any(not re.fullmatch(r"checkpoint-\d+", path.name) for path in folder.iterdir())
+    said = (tmp_path / "run.log").read_text()
+    assert "Traceback" not in said, said
+    assert {0, 2, 4} <= set(resumed) and resumed == sorted(resumed) and unfinished > 3, "the kills hit"
+    fork(folder, resume_from_checkpoint="latest", **six_steps)
+    assert checkpoints(folder) == ["checkpoint-4", "checkpoint-6"]
+    assert not list(folder.glob(".*")), "what the kills left is gone"
+    check_complete(folder, undisturbed)
+    assert same_bits(load_trained(folder), load_trained(undisturbed))
+
+
+@pytest.mark.slow
+def test_killed_while_the_result_is_written(six_steps, undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    (child,) = start(folder, observer=slow_disk, **six_steps)
+    wait_until(lambda: (folder / f"{WEIGHTS}.bin").exists() or not child.is_alive())
+    child.kill()
+    child.join()
+    assert not (folder / "<new1>.safetensors").exists(), "it was killed in time"
+    fork(folder, resume_from_checkpoint="latest", **six_steps)
+    assert same_bits(load_trained(folder), load_trained(undisturbed))
+
+
+@pytest.mark.slow
+def test_killed_while_a_picture_is_written(six_steps, tmp_path):
+    """Just after a checkpoint: the run that goes on does not draw it again, and makes its sheets without it."""
+    values = six_steps | {"validation_prompt": "a <new1> cat", "validation_steps": 2}
+    folder = tmp_path / "run"
+    finish(start(folder, observer=die_while_a_picture_is_written, **values), folder, status=9)
+    assert checkpoints(folder) == ["checkpoint-2"]
+    fork(folder, **values, resume_from_checkpoint="latest")
+    assert Image.open(folder / "steps.png").size == (3 * 64, 64 + 16)  # before, 4 and 6
+
+
+@pytest.mark.slow
+def test_newest_is_what_was_written_last(six_steps, undisturbed, tmp_path):
+    """A fresh run in a folder with checkpoints of a longer, earlier one: its own stay, and are the latest."""
+    folder = tmp_path / "run"
+    for old, name in (("checkpoint-4", "checkpoint-40"), ("checkpoint-6", "checkpoint-60")):
+        shutil.copytree(undisturbed / old, folder / name)
+    fork(folder, **six_steps | {"max_train_steps": 2})
+    assert checkpoints(folder) == ["checkpoint-2", "checkpoint-60"]
+    fork(folder, resume_from_checkpoint="latest", **six_steps)
+    assert "step 2" in (tmp_path / "run.log").read_text()
+    assert checkpoints(folder) == ["checkpoint-4", "checkpoint-6"]
+    assert same_bits(load_trained(folder), load_trained(undisturbed))
+
+
+# Damaged
+
+
+@pytest.mark.slow
+def test_latest_is_damaged(six_steps, undisturbed, tmp_path):
+    """The run does not silently start again: it ends with one line, and the checkpoint is named."""
+    folder = copy_run(undisturbed, tmp_path / "run", "checkpoint-2")
+    empty(folder / "checkpoint-2" / "training_state.pt")
+    said = finish(start(folder, resume_from_checkpoint="latest", **six_steps), folder, status=1)
+    assert said.splitlines()[-1].startswith("error: --resume_from_checkpoint") and "checkpoint-2" in said
+    assert "Traceback" not in said and checkpoints(folder) == ["checkpoint-2"]
+
+
+@pytest.mark.slow
+def test_pickle_is_not_trusted(six_steps, undisturbed, tmp_path):
+    """Code in a checkpoint does not run."""
+
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "trap"),)
+
+    folder = copy_run(undisturbed, tmp_path / "run", "checkpoint-2")
+    torch.save({"optimizer": Trap()}, folder / "checkpoint-2" / "training_state.pt")
+    said = finish(start(folder, resume_from_checkpoint="checkpoint-2", **six_steps), folder, status=1)
+    assert not (tmp_path / "trap").exists() and "error: " in said.splitlines()[-1]
+
+
+# Stopped by signals
+
+
+LONG = {"max_train_steps": 150, "checkpointing_steps": 1000, "checkpoints_total_limit": None}
+UNDER_WAY = re.compile(r" [1-9]\d*/150 ")  # in the progress bar
+
+
+@pytest.fixture(scope="module")
+def undisturbed_long(six_steps, tmp_path_factory):
+    return fork(tmp_path_factory.mktemp("runs") / "run", **six_steps | LONG)
+
+
+def check_stopped(folder, said):
+    """One checkpoint, of the step that was said, and how to go on."""
+    step = int(re.search(r"Stopped after step (\d+); .*--resume_from_checkpoint latest", said).group(1))
+    assert 0 < step < LONG["max_train_steps"]
+    assert checkpoints(folder) == [f"checkpoint-{step}"]
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_signal(name, six_steps, undisturbed_long, tmp_path):
+    """To the whole process group, as Ctrl-C and job schedulers send it, with worker processes in it."""
+    folder, number = tmp_path / "run", getattr(signal, name)
+    (child,) = start(folder, **six_steps | LONG | {"dataloader_num_workers": 2})
+    wait_until(lambda: UNDER_WAY.search((tmp_path / "run.log").read_text()))
+    os.killpg(child.pid, number)
+    check_stopped(folder, finish([child], folder, status=128 + number))
+    fork(folder, resume_from_checkpoint="latest", **six_steps | LONG)
+    assert same_bits(load_trained(folder), load_trained(undisturbed_long))
+
+
+@pytest.mark.slow
+def test_signal_to_one_of_two_processes(six_steps, tmp_path):
+    """Both stop after the same step."""
+    folder = tmp_path / "run"
+    children = start(folder, processes=2, **six_steps | LONG)
+    wait_until(lambda: UNDER_WAY.search((tmp_path / "run.log0").read_text()))
+    os.kill(children[1].pid, signal.SIGTERM)
+    check_stopped(folder, finish(children, folder, status=143))
+    assert not (tmp_path / "run.log1").read_text()
+
+
+@pytest.mark.slow
+def test_signal_to_torchrun(six_steps, tmp_path):
+    """torchrun hands the signal on and waits."""
+    folder, log = tmp_path / "run", tmp_path / "log.txt"
+    words = [*LAUNCHERS["torchrun"], SCRIPT, *flags(**FAST | six_steps | LONG | {"output_dir": folder})]
+    with open(log, "w") as stream:
+        process = subprocess.Popen([str(word) for word in words], stdout=stream, stderr=stream)
+    wait_until(lambda: UNDER_WAY.search(log.read_text()))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(300) != 0
+    step = re.search(r"Stopped after step (\d+)", log.read_text()).group(1)
+    assert checkpoints(folder) == [f"checkpoint-{step}"]
+
+
+@pytest.mark.slow
+def test_second_signal_ends_at_once(six_steps, tmp_path):
+    """For those who do not want to wait for the step."""
+    folder = tmp_path / "run"
+    (child,) = start(folder, observer=hang_in_a_step, **six_steps | LONG)
+    wait_until(lambda: "0/150" in (tmp_path / "run.log").read_text())
+    time.sleep(1)
+    os.kill(child.pid, signal.SIGTERM)
+    time.sleep(1)
+    assert child.is_alive()
+    os.kill(child.pid, signal.SIGTERM)
+    child.join(10)
+    assert child.exitcode == -signal.SIGTERM
+
+
+# Full disk
+
+
+@pytest.mark.slow
+def test_full_disk(six_steps, undisturbed, tmp_path):
+    """A small file system of its own: one line, and the checkpoint before is intact and resumable."""
+    if run("unshare", "-Urm", "true").returncode:
+        pytest.skip("no user namespaces here, so no small file system")
+    size = sum(file.stat().st_size for file in (undisturbed / "checkpoint-2").iterdir())
+    mount, kept = tmp_path / "mount", tmp_path / "kept"
+    mount.mkdir()
+    words = flags(**FAST | six_steps | {"output_dir": mount / "run", "checkpoints_total_limit": None})
+    commands = f"mount -t tmpfs -o size={round(1.7 * size)} tmpfs {mount}"
+    commands += f' && "$@"; status=$?; cp -a {mount}/run {kept}; exit $status'
+    process = run("unshare", "-Urm", "bash", "-c", commands, "bash", sys.executable, SCRIPT, *words)
+    line = process.stderr.splitlines()[-1]
+    assert process.returncode == 1 and "Traceback" not in process.stderr, process.stderr
+    assert "No space left on device" in line and "--resume_from_checkpoint latest" in line
+    assert checkpoints(kept) == ["checkpoint-2"] and not list(kept.glob(".*"))
+    check_complete(kept, undisturbed)
+    fork(kept, resume_from_checkpoint="latest", **six_steps)
+    assert same_bits(load_trained(kept), load_trained(undisturbed))

@@ -13,8 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SECRET, run
 from hub import Hub
+from launching import ROOT, SECRET, run
 from PIL import Image
 
 PAGES = {str(file.relative_to(ROOT)): file.read_text("utf-8") for file in sorted((ROOT / "docs").glob("*.md"))}

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import EMBEDDED, FAST, ROOT, flags, load_weights, run, wait_until
+from launching import FAST, ROOT, flags, run, wait_until
+from models import EMBEDDED
 from PIL import Image
+from reading import load_weights
 
 FILE = ROOT / "examples" / "custom_diffusion.ipynb"
 CELLS = {cell["id"]: cell for cell in json.loads(FILE.read_text(encoding="utf-8"))["cells"]}

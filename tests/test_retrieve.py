@@ -12,7 +12,8 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, flags, make_picture, python, run, train
+from launching import ROOT, flags, python, run, train
+from pictures import make_picture
 from PIL import Image
 from web import SCRIPT, command, picture_bytes, read_set
 

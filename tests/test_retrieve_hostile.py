@@ -9,7 +9,8 @@ import time
 import zlib
 
 import pytest
-from conftest import flags, make_picture, run
+from launching import flags, run
+from pictures import make_picture
 from web import Web, command, picture_bytes, read_set
 
 import retrieve as script

@@ -14,7 +14,7 @@ from collections import Counter
 from subprocess import PIPE
 
 import pytest
-from conftest import flags, run
+from launching import flags, run
 from web import SCRIPT, command, picture_bytes, read_set
 
 from retrieve import RetrieveError, retrieve

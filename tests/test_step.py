@@ -1,53 +1,20 @@
-"""What a step does not do (wait for the device), and ways of doing it that must not change the result."""
+"""Ways to take the same step: what must not change its result, and that the host waits for no device.
+
+Gradient checkpointing, freed gradients, compilation, cached latents, and the benchmark that compares them.
+"""
 
 import json
 import os
 import re
-import sys
 
 import pytest
-from conftest import (
-    EMBEDDED,
-    LAUNCHERS,
-    ROOT,
-    SCRIPT,
-    distance,
-    finish,
-    flags,
-    fork,
-    load_trained,
-    movement,
-    run,
-    start,
-)
+import torch
+from launching import FAST, LAUNCHERS, ROOT, SCRIPT, finish, flags, fork, python, run, start, train
+from models import EMBEDDED
+from observers import compile_wrongly, record_batches, watch_steps
+from PIL import Image
+from reading import distance, fresh_pipeline, load_trained, movement, same_bits
 
-# Counts, in the training steps, what makes the host wait for a device, and forward passes of the networks' layers.
-WATCH = """
-import json
-import diffusers.models.attention, torch, transformers.models.clip.modeling_clip
-from torch.utils._python_dispatch import TorchDispatchMode
-found = {"waits": [], "FeedForward": 0, "CLIPMLP": 0}
-class Watch(TorchDispatchMode):
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2"):
-            found["waits"].append(str(func))
-        return func(*args, **(kwargs or {}))
-def count(cls):
-    forward = cls.forward
-    def counted(self, *args, **kwargs):
-        found[cls.__name__] += self.training
-        return forward(self, *args, **kwargs)
-    cls.forward = counted
-count(diffusers.models.attention.FeedForward)
-count(transformers.models.clip.modeling_clip.CLIPMLP)
-step = trainer.training_step
-def watched(*args):
-    with Watch():
-        loss = step(*args)
-    folder.with_name(folder.name + ".json").write_text(json.dumps(found))
-    return loss
-trainer.training_step = watched
-"""
 STEPS = 3
 
 
@@ -71,7 +38,7 @@ def watched(common, tmp_path_factory):
         key = str(way)
         if key not in runs:
             folder = tmp_path_factory.mktemp("runs") / "run"
-            finish(start(folder, prelude=WATCH, **common | way), folder)
+            finish(start(folder, observer=watch_steps, **common | way), folder)
             runs[key] = load_trained(folder), json.loads(folder.with_name("run.json").read_text())
         return runs[key]
 
@@ -109,56 +76,154 @@ def test_frees_gradients(watched, sd1):
     assert distance(freed, plain) == 0 < movement(sd1, plain)
 
 
-COMPILED = {"resolution": 128, "train_batch_size": 2, "max_train_steps": STEPS, "learning_rate": 1, "adam_epsilon": 1}
-
-
 @pytest.mark.slow
-def test_compiled(one_concept, tmp_path):
-    """`accelerate launch --dynamo_backend inductor`: compiled kernels, the same training."""
-    common = one_concept | COMPILED | {"pretrained_model_name_or_path": EMBEDDED}
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.gpu)])
+def test_compiled(backend, one_concept, tmp_path):
+    """`accelerate launch --dynamo_backend`: the same training. Inductor's kernels take minutes to make on a CPU."""
+    values = FAST | one_concept | {"pretrained_model_name_or_path": EMBEDDED, "resolution": 128, "train_batch_size": 2}
+    values |= {"max_train_steps": STEPS, "learning_rate": 1, "adam_epsilon": 1}
     launcher = [*LAUNCHERS["accelerate"], "--num_processes=1", "--num_machines=1", "--mixed_precision=no"]
-    launcher += ["--dynamo_backend=inductor"]
-    words = flags(output_dir=tmp_path / "compiled", report_to="none", dataloader_num_workers=0, **common)
-    process = run(*launcher, SCRIPT, *words, env=os.environ | {"TORCH_LOGS": "graph_code"})
+    words = flags(**values | {"output_dir": tmp_path / "compiled"})
+    environment = os.environ | {"TORCH_LOGS": "graph_code"}
+    process = run(*launcher, f"--dynamo_backend={backend}", SCRIPT, *words, env=environment)
     assert process.returncode == 0, process.stderr[-3000:]
     assert "===== __compiled_fn_" in process.stderr
-    compiled, plain = load_trained(tmp_path / "compiled"), load_trained(fork(tmp_path / "plain", **common))
+    compiled, plain = load_trained(tmp_path / "compiled"), load_trained(train(tmp_path / "plain", **values))
     assert distance(compiled, plain) < 0.01 * movement(EMBEDDED, plain)
-
-
-WRONG = """
-import os, torch
-os.environ["ACCELERATE_DYNAMO_BACKEND"] = "EAGER"  # as accelerate launch --dynamo_backend does
-forward = trainer.DenoisingModel.forward
-def wrong(self, *args):
-    prediction = forward(self, *args)
-    return (prediction + prediction.detach()) / 2 if torch.compiler.is_compiling() else prediction  # half the gradient
-trainer.DenoisingModel.forward = wrong
-"""
 
 
 @pytest.mark.slow
 def test_wrong_compiler_is_refused(common, tmp_path):
     """Gradients of the compiled model that are not the model's end the run before it starts."""
     folder = tmp_path / "run"
-    said = finish(start(folder, prelude=WRONG, **common), folder, status=1)
-    line = said.splitlines()[-1]
-    assert re.fullmatch(r"error: --dynamo_backend: .* eager makes wrong gradients of this model; leave it out", line)
+    said = finish(start(folder, observer=compile_wrongly, **common), folder, status=1)
+    assert re.match(r"error: --dynamo_backend: .*gradients", said.splitlines()[-1])
     assert not folder.exists() and "Traceback" not in said
+
+
+# Cached latents: what is encoded once, and what is trained on
+
+
+K = 3
+INSTANCES, CLASSES = 5, 4
+
+
+@pytest.fixture(scope="module")
+def cached(one_real_concept):
+    """Flags: augmentation, a learning rate that moves."""
+    return one_real_concept | {
+        "num_class_images": CLASSES,
+        "train_batch_size": 2,
+        "max_train_steps": 8,
+        "checkpointing_steps": 4,
+        "sample_batch_size": 5,  # does not divide the 27 augmentations
+        "cache_latents": K,
+        # a step is nearly the gradient itself, not its sign
+        "learning_rate": 1,
+        "adam_epsilon": 1,
+    }
+
+
+@pytest.fixture(scope="module")
+def recorded(cached, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cached") / "run"
+    finish(start(folder, observer=record_batches, **cached), folder)
+    return folder, torch.load(f"{folder}.batches0", weights_only=True)
+
+
+def test_each_augmentation_is_encoded_once(recorded):
+    _, record = recorded
+    pixels = torch.cat(record["pixels"])
+    assert len(pixels) == K * (INSTANCES + CLASSES) and record["encoded_in_training"] == 0
+    assert len({image.numpy().tobytes() for image in pixels}) > K * INSTANCES  # augmented, each in its own way
+
+
+def test_trains_on_samples_of_the_vaes_posterior(recorded, sd1):
+    """Mean and deviation are those that diffusers' VAE gives; the sample is another at each draw."""
+    _, record = recorded
+    vae = fresh_pipeline(sd1).vae
+    with torch.no_grad():
+        posterior = vae.encode(torch.cat(record["pixels"])).latent_dist
+    drawn, noises = set(), []
+    for batch, latents in zip(record["batches"], record["latents"], strict=True):
+        for i, (mean, std) in enumerate(zip(batch["mean"], batch["std"], strict=True)):
+            row = int((posterior.mean - mean).abs().amax((1, 2, 3)).argmin())
+            assert torch.allclose(mean, posterior.mean[row], rtol=0, atol=1e-5 * float(posterior.mean.abs().max()))
+            assert torch.allclose(std, posterior.std[row], rtol=1e-5)
+            assert (row < K * INSTANCES) == (i < 2)  # instances first, then classes
+            expected = (mean + std * batch["posterior_noise"][i]) * vae.config.scaling_factor
+            assert torch.allclose(latents[i], expected, rtol=1e-5, atol=1e-6)
+            drawn.add(row)
+            noises.append(batch["posterior_noise"][i])
+    assert len(drawn) > INSTANCES + CLASSES  # more than one augmentation of a picture is used
+    noises = torch.stack(noises)
+    assert len({noise.numpy().tobytes() for noise in noises}) == len(noises) == 32
+    assert abs(noises.mean()) < 0.1 and abs(noises.std() - 1) < 0.1
+
+
+def test_mask_and_words_are_the_augmentations(recorded, sd1):
+    """Where the canvas around an instance picture is empty, the loss is masked; far ones say so."""
+    _, record = recorded
+    pixels, tokenizer = torch.cat(record["pixels"]), fresh_pipeline(sd1).tokenizer
+    with torch.no_grad():
+        means = fresh_pipeline(sd1).vae.encode(pixels).latent_dist.mean
+    prefixes = [tokenizer(prefix, add_special_tokens=False).input_ids for prefix in ("a far away", "very small")]
+    prefixed = 0
+    for batch in record["batches"]:
+        for mean, mask, ids in list(zip(batch["mean"], batch["mask"], batch["input_ids"], strict=True))[:2]:
+            image = pixels[int((means - mean).abs().amax((1, 2, 3)).argmin())]
+            filled = (image != 0).any(0)
+            assert filled.unfold(0, 8, 8).unfold(1, 8, 8).flatten(2).all(2)[mask[0] == 1].all()
+            far = max(filled.any(0).sum(), filled.any(1).sum()) < 0.6 * 64  # its longer side
+            assert far == any(ids[1 : len(prefix) + 1].tolist() == prefix for prefix in prefixes)
+            prefixed += far
+    assert prefixed
+
+
+def test_same_bits_with_workers_validation_and_resuming(recorded, cached, tmp_path):
+    around = {"dataloader_num_workers": 2, "validation_prompt": "a <new1> cat", "validation_steps": 3}
+    around["num_validation_images"] = 1
+    folder = fork(tmp_path / "run", **cached | around | {"max_train_steps": 4})
+    fork(folder, **cached | around, resume_from_checkpoint="latest")
+    assert same_bits(load_trained(folder), load_trained(recorded[0]))
+    steps = sorted(int(file.stem.removeprefix("step-")) for file in (folder / "validation").iterdir())
+    assert steps == [0, 3, 4, 6, 8]
+    assert Image.open(folder / "steps.png").size == (4 * 64, 64 + 16)  # 0, 3, 6, 8: from before the resuming, too
+
+
+def test_processes_share_the_work(recorded, cached, sd1, tmp_path):
+    """Each encodes half, and trains as one process with all: the difference is the order of sums."""
+    folder = tmp_path / "run"
+    values = cached | {"train_batch_size": 1}
+    finish(start(folder, processes=2, observer=record_batches, **values), folder)
+    records = [torch.load(f"{folder}.batches{rank}", weights_only=True) for rank in (0, 1)]
+    shares = [len(torch.cat(record["pixels"])) for record in records]
+    assert abs(shares[0] - shares[1]) <= 5 and 27 <= sum(shares) < 27 + 2 * 5
+    expected = load_trained(recorded[0])
+    assert distance(load_trained(folder), expected) < 0.01 * movement(sd1, expected)
+
+
+def test_other_number_on_resuming_is_refused(recorded, cached, tmp_path):
+    values = cached | {"cache_latents": 2, "resume_from_checkpoint": recorded[0] / "checkpoint-4"}
+    fork(tmp_path / "run", status=1, **values)
+    line = (tmp_path / "run.log").read_text().splitlines()[-1]
+    assert line.startswith("error: --resume_from_checkpoint") and "cache_latents 3" in line and "2" in line
+
+
+# The benchmark
 
 
 @pytest.mark.slow
 def test_benchmark():
     """The benchmark's usual step does the work of the exact one; cached, the VAE's share of it is gone."""
     script = ROOT / "benchmarks" / "step.py"
-    process = run(sys.executable, script, "--size=tiny", "--rounds=2", "--only=fp32$")
-    assert process.returncode == 0, process.stderr[-3000:]
+    process = python(script, "--size=tiny", "--rounds=1", "--only=fp32$")
     rows = json.loads((ROOT / "results" / "step" / "tiny.json").read_text())["tables"]["variants"]
     usual, exact, cached = rows
     assert usual["name"] == "usual fp32" and exact["name"] == "exact fp32" and cached["name"] == "cached fp32"
     assert usual["flops"] == exact["flops"] > cached["flops"] > 0
     assert "VAE" in exact["parts"] and "VAE" not in cached["parts"]
     for row in rows:
-        assert len(row["times"]) == 2 and min(row["times"]) > 0
+        assert len(row["times"]) == 1 and min(row["times"]) > 0
         assert min(row["parts"].values()) >= 0 and row["parts"]["rest"] > 0  # the parts are no more than the whole
         assert f"| {row['name']} |" in process.stdout

@@ -1,76 +1,161 @@
-"""What training computes, against the same steps written out here, and what must not change it."""
+"""What training computes: the loss, the steps and what they leave alone, against formulas written out here."""
 
+import importlib.util
 import json
 import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from conftest import (
-    EMBEDDED,
+from diffusers import DDPMScheduler
+from launching import FAST, finish, flags, fork, in_one_process, start, train
+from models import EMBEDDED
+from observers import record_losses, record_steps
+from reading import (
     base_weights,
     beginning,
+    check_loading,
+    check_weight_files,
     distance,
     fresh_pipeline,
     load_trained,
     load_weights,
+    loaded_pipeline,
     movement,
-    python,
     same_bits,
-    train,
+    training_state,
 )
 
-# The trainer in a notebook, with the library calls recorded that say what was trained on: latents, noise, timesteps
-# and token ids of every step, and the models as they are in the end.
-RECORDER = """
-import sys, torch, accelerate
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from transformers import CLIPTextModel
-from train_custom_diffusion import main, parse_args
+from train_custom_diffusion import diffusion_loss
 
-record, models = {"noised": [], "ids": []}, {}
-add_noise, forward = DDPMScheduler.add_noise, CLIPTextModel.forward
-def recorded_add_noise(self, latents, noise, timesteps):
-    record["noised"].append([latents.clone(), noise.clone(), timesteps.clone()])
-    return add_noise(self, latents, noise, timesteps)
-def recorded_forward(self, input_ids=None, *args, **kwargs):
-    if torch.is_grad_enabled():
-        record["ids"].append(input_ids.clone())
-    return forward(self, input_ids, *args, **kwargs)
-def keep(cls):
-    load = cls.from_pretrained
-    def loader(*args, **kwargs):
-        loaded = load(*args, **kwargs)
-        models.setdefault(cls.__name__, loaded[0] if isinstance(loaded, tuple) else loaded)
-        return loaded
-    cls.from_pretrained = loader
-DDPMScheduler.add_noise, CLIPTextModel.forward = recorded_add_noise, recorded_forward
-keep(UNet2DConditionModel), keep(CLIPTextModel), keep(AutoencoderKL)
+RNG = np.random.default_rng(0)
 
-accelerate.notebook_launcher(main, (parse_args(sys.argv[2:]),), num_processes=1)
-record["models"] = {name: dict(model.state_dict()) for name, model in models.items()}
-torch.save(record, sys.argv[1])
-"""
+
+# The loss
+
+
+class FakeVAE:
+    """Encodes to a posterior with given mean and deviation."""
+
+    dtype, config = torch.float32, SimpleNamespace(scaling_factor=0.3)
+
+    def __init__(self, mean, std):
+        self.posterior = SimpleNamespace(latent_dist=SimpleNamespace(mean=torch.tensor(mean), std=torch.tensor(std)))
+
+    def encode(self, pixel_values):
+        return self.posterior
+
+
+@pytest.mark.parametrize("cells", [8, 12, 64])
+@pytest.mark.parametrize("prior", [False, True])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_loss(prediction_type, prior, cells):
+    """Instance part: sum over masked elements / sum of the mask, mean over samples. Prior part: plain mean."""
+    scheduler = DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type
+    )
+    n = 4
+    mean, std, eps, noise, predicted = (RNG.standard_normal((n, 4, cells, cells)).astype(np.float32) for _ in range(5))
+    timesteps, mask = np.array([3, 250, 600, 999]), np.zeros((n, 1, cells, cells), np.float32)
+    mask[0, 0, 2:5, 1:7], mask[1, 0, -1, 0], mask[2, 0, 3:], mask[3] = 1, 1, 1, 1  # each sample has another sum
+
+    alphas = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)[timesteps][:, None, None, None]
+    latents = (mean + std * eps) * 0.3
+    noisy = alphas**0.5 * latents + (1 - alphas) ** 0.5 * noise
+    target = noise if prediction_type == "epsilon" else alphas**0.5 * noise - (1 - alphas) ** 0.5 * latents
+    error = (predicted - target) ** 2
+    instances = 2 if prior else n
+    expected = np.mean([(error[i] * mask[i]).sum() / mask[i].sum() for i in range(instances)])
+    if prior:
+        expected += 0.3 * error[instances:].mean()
+
+    seen = {}
+
+    def model(noisy_latents, timesteps, input_ids):
+        seen.update(noisy=noisy_latents, timesteps=timesteps, ids=input_ids)
+        return torch.tensor(predicted)
+
+    batch = {
+        "pixel_values": torch.zeros(n, 3, 8 * cells, 8 * cells),
+        "mask": torch.tensor(mask),
+        "input_ids": torch.arange(n)[:, None],
+        "posterior_noise": torch.tensor(eps),
+        "noise": torch.tensor(noise),
+        "timesteps": torch.tensor(timesteps),
+    }
+    args = SimpleNamespace(with_prior_preservation=prior, prior_loss_weight=0.3)
+    found = diffusion_loss(model, FakeVAE(mean, std), scheduler, batch, args)
+    assert found.item() == pytest.approx(expected, rel=1e-5)
+    assert np.allclose(seen["noisy"], noisy, atol=1e-4)
+    assert seen["timesteps"].tolist() == timesteps.tolist() and seen["ids"].flatten().tolist() == [0, 1, 2, 3]
+
+
+# Real networks, with a learning rate of 0, which leaves them as they were: the batches and losses of each step.
+RUNS = {
+    "sd1": {"resolution": 64},
+    "sd1, bf16": {"resolution": 64, "mixed_precision": "bf16"},
+    "sd2": {"resolution": 96},
+    "sd2, bf16": {"resolution": 96, "mixed_precision": "bf16"},
+    "sd1, large": {"resolution": 256, "train_batch_size": 1, "max_train_steps": 1},
+}
+
+
+@torch.no_grad()
+def loss_by_formula(model, batch, v_prediction):
+    """The contract's formulas in NumPy around diffusers' networks; <new1> has the embedding of ktn."""
+    pipeline, number = loaded_pipeline(model), {key: value.double().numpy() for key, value in batch.items()}
+    posterior = pipeline.vae.encode(batch["pixel_values"]).latent_dist
+    latents = posterior.mean.double().numpy() + posterior.std.double().numpy() * number["posterior_noise"]
+    latents *= 0.18215
+    alphas = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)[batch["timesteps"].numpy()]
+    signal, noise = np.sqrt(alphas)[:, None, None, None], np.sqrt(1 - alphas)[:, None, None, None]
+    noisy = torch.from_numpy(signal * latents + noise * number["noise"]).float()
+    hidden = pipeline.text_encoder(batch["input_ids"].where(batch["input_ids"] != 49408, torch.tensor(42170)))[0]
+    predicted = pipeline.unet(noisy, batch["timesteps"], hidden).sample.double().numpy()
+    error = (predicted - (signal * number["noise"] - noise * latents if v_prediction else number["noise"])) ** 2
+    half, mask = len(error) // 2, number["mask"]
+    instance = [(error[i] * mask[i]).sum() / mask[i].sum() for i in range(half)]
+    return np.mean(instance) + 0.3 * error[half:].mean()
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_loss_of_real_networks(name, cat_flags, sd1, sd2, tmp_path):
+    """Equal in full precision; in bf16 equal within its 8 bits, and not computed in more."""
+    model, sizes = sd2 if "sd2" in name else sd1, set()
+    values = {
+        "learning_rate": 0,
+        "max_train_steps": 3,
+        "prior_loss_weight": 0.3,
+        "pretrained_model_name_or_path": model,
+    }
+    children = start(tmp_path / "run", observer=record_losses, **cat_flags | values | RUNS[name])
+    finish(children, tmp_path / "run")
+    for batch in torch.load(tmp_path / "run.losses", weights_only=True):
+        loss = batch.pop("loss").item()
+        expected = loss_by_formula(model, batch, "sd2" in name)
+        sizes.add(float(batch["mask"].mean()))
+        assert loss == pytest.approx(expected, rel=0.02 if "bf16" in name else 1e-4)
+        if "bf16" in name:
+            assert abs(loss - expected) > 1e-5 * expected
+    assert min(sizes) < 1, "some masks leave something out"
+
+
+# Whole steps
 
 
 def record(folder, **values):
-    """Trains two steps in a notebook; returns its folder and the record."""
-    from conftest import flags
-
+    """Trains two steps; returns the folder and what they were trained on."""
     values = {
-        "output_dir": folder / "run",
-        "resolution": 64,
         "noaug": True,
         "center_crop": True,
-        "report_to": "none",
-        "dataloader_num_workers": 0,
         "train_batch_size": 2,
         "max_train_steps": 2,
         "learning_rate": 1,
         "adam_epsilon": 1,  # then a step is nearly the gradient itself, not its sign
     } | values
-    cwd = values.pop("cwd")
-    python(RECORDER, folder / "record.pt", *flags(**values), cwd=cwd)
-    return folder / "run", torch.load(folder / "record.pt", weights_only=True)
+    finish(start(folder / "run", observer=record_steps, **values), folder / "run")
+    return folder / "run", torch.load(folder / "run.steps", weights_only=True)
 
 
 class FirstTokenDetached:
@@ -158,8 +243,6 @@ def test_steps_match_the_formulas_sd2(recorded_sd2, sd2):
 
 
 def test_sd2_loads_with_diffusers(recorded_sd2, sd2):
-    from test_outputs import check_loading, check_weight_files
-
     folder, _ = recorded_sd2
     projections = ("to_k.weight", "to_v.weight", "to_q.weight", "to_out.0.weight", "to_out.0.bias")
     check_weight_files(sd2, folder, ["<new1>"], projections)
@@ -193,7 +276,6 @@ def recorded_hard(two_real_concepts, tmp_path_factory):
         "learning_rate": 1,
         "adam_epsilon": 1e-8,
         "adam_weight_decay": 0.5,
-        "cwd": None,
     }
     return record(tmp_path_factory.mktemp("hard"), **flags | {"checkpointing_steps": 2, "max_train_steps": 2})
 
@@ -228,7 +310,7 @@ def test_all_that_is_trained_moves(recorded_hard, sd1):
 def test_optimizer_holds_what_is_trained(recorded_hard):
     """Adam's moments have the shapes of the trained parameters and of nothing else."""
     folder, _ = recorded_hard
-    state = torch.load(folder / "checkpoint-2" / "training_state.pt", weights_only=True)["optimizer"]
+    state = training_state(folder / "checkpoint-2")["optimizer"]
     shapes = [tuple(value.shape) for value in load_weights(folder).values()] + [(2, 32)]
     for moment in ("exp_avg", "exp_avg_sq"):
         assert sorted(tuple(parameter[moment].shape) for parameter in state.values()) == sorted(shapes)
@@ -240,7 +322,7 @@ def test_optimizer_holds_what_is_trained(recorded_hard):
 @pytest.fixture(scope="module")
 def plain(plain_flags, tmp_path_factory):
     """`trained` again without validation, checkpoints, trackers and worker processes."""
-    return train(tmp_path_factory.mktemp("runs") / "plain", **plain_flags)
+    return fork(tmp_path_factory.mktemp("runs") / "plain", **plain_flags)
 
 
 def test_same_seed_same_bits(trained, plain):
@@ -252,7 +334,7 @@ def test_same_seed_same_bits(trained, plain):
 def test_bf16(freeze_model, cat_flags, sd1, tmp_path):
     """Mixed precision trains in float32 and goes where full precision goes, within bf16's rounding."""
     flags = cat_flags | {"max_train_steps": 2, "freeze_model": freeze_model, "adam_epsilon": 1, "learning_rate": 1}
-    folder = train(tmp_path / "run", launcher="accelerate", mixed_precision="bf16", **flags)
+    folder = fork(tmp_path / "run", mixed_precision="bf16", **flags)
     trained = load_trained(folder)
     assert {value.dtype for value in trained.values()} == {torch.float32}
     # numbers that only float32 can hold: training did not go through bf16 storage
@@ -274,9 +356,27 @@ INITIALIZERS = {
 }
 
 
+@pytest.fixture(scope="module")
+def notebook(one_concept, tmp_path_factory):
+    """One process in which main runs again and again, as in a notebook: {case: output_dir}."""
+    folder, calls = tmp_path_factory.mktemp("notebook"), {}
+    for case, (words, initializers, _) in INITIALIZERS.items():
+        values = one_concept | {
+            "output_dir": folder / case,
+            "instance_prompt": f"photo of {words.replace('+', ' ')} cat",
+            "modifier_token": words,
+            "initializer_token": initializers,
+            "max_train_steps": 1,
+            "learning_rate": 0,
+        }
+        calls[case] = folder, flags(**FAST | values)
+    answers = in_one_process(calls)
+    assert {answer["ended"] for answer in answers.values()} == {"went on"}, answers
+    return {case: folder / case for case in INITIALIZERS}
+
+
 @pytest.mark.parametrize("case", INITIALIZERS)
 def test_initializers(case, notebook, sd1):
-    """A notebook trained each of these with a learning rate of 0."""
     words, _, rows = INITIALIZERS[case]
     table = fresh_pipeline(sd1).text_encoder.get_input_embeddings().weight
     trained = load_trained(notebook[case])
@@ -285,37 +385,58 @@ def test_initializers(case, notebook, sd1):
     assert same_bits(load_weights(notebook[case]), base_weights(sd1, trained))
 
 
-@pytest.fixture(scope="module")
-def notebook(cat_flags, sd1, world, tmp_path_factory):
-    """One notebook in which main runs again and again: {case: output_dir}."""
-    from conftest import flags
-
-    folder = tmp_path_factory.mktemp("notebook")
-    calls = []
-    for case, (words, initializers, _) in INITIALIZERS.items():
-        values = {
-            "pretrained_model_name_or_path": sd1,
-            "output_dir": folder / case,
-            "instance_data_dir": world / "my_cat",
-            "instance_prompt": f"photo of {words.replace('+', ' ')} cat",
-            "modifier_token": words,
-            "initializer_token": initializers,
-            "resolution": 64,
-            "train_batch_size": 1,
-            "max_train_steps": 1,
-            "learning_rate": 0,
-            "report_to": "none",
-            "dataloader_num_workers": 0,
-        }
-        calls.append(flags(**values))
-    code = "import json, sys\nfrom train_custom_diffusion import main, parse_args\n"
-    code += "for call in json.loads(sys.argv[1]): main(parse_args(call))"
-    python(code, json.dumps(calls))
-    return {case: folder / case for case in INITIALIZERS}
-
-
 def test_vocabulary_has_these_ids():
     """The ids that the tests above write out, looked up in the vocabulary file itself."""
     ids = json.loads((EMBEDDED / "tokenizer" / "vocab.json").read_text())
     pieces = {"ktn": 42170, "pll": 47629, "ucd": 44746, "cat</w>": 2368, "pll</w>": 25266, "ucd</w>": 43514}
     assert {piece: ids[piece] for piece in pieces} == pieces
+
+
+# On a GPU
+
+
+def check_trained_on_a_gpu(folder):
+    """What was trained is float32, finite and elsewhere than it began, and diffusers loads it."""
+    trained = load_trained(folder)
+    assert {value.dtype for value in trained.values()} == {torch.float32}
+    assert all(value.isfinite().all() for value in trained.values())
+    assert movement(EMBEDDED, trained) > 0
+    check_loading(EMBEDDED, folder, "<new1>", "photo of a <new1> cat")
+
+
+@pytest.fixture
+def gpu_flags(one_real_concept):
+    """The trained model of the repository at its own resolution, with class pictures."""
+    return one_real_concept | {
+        "pretrained_model_name_or_path": EMBEDDED,
+        "resolution": 128,
+        "train_batch_size": 2,
+        "max_train_steps": 12,  # fp16's gradient scaler skips the first ones
+        "learning_rate": 1e-2,
+    }
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("freeze_model", ["crossattn_kv", "crossattn"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision_on_a_gpu(precision, freeze_model, gpu_flags, tmp_path):
+    values = {"mixed_precision": precision, "freeze_model": freeze_model}
+    folder = train(tmp_path / "run", **gpu_flags | values)
+    assert "cuda" in (folder / "stdout.txt").read_text()
+    check_trained_on_a_gpu(folder)
+
+
+@pytest.mark.gpu
+def test_8bit_adam_on_a_gpu(gpu_flags, tmp_path):
+    if not importlib.util.find_spec("bitsandbytes"):
+        pytest.skip("needs bitsandbytes")
+    check_trained_on_a_gpu(train(tmp_path / "run", use_8bit_adam=True, **gpu_flags))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["no", "fp16"])
+def test_xformers_on_a_gpu(precision, gpu_flags, tmp_path):
+    if not importlib.util.find_spec("xformers"):
+        pytest.skip("needs xformers")
+    values = {"enable_xformers_memory_efficient_attention": True, "mixed_precision": precision}
+    check_trained_on_a_gpu(train(tmp_path / "run", **gpu_flags | values))

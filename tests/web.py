@@ -9,7 +9,8 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
-from conftest import ROOT, make_picture, run
+from launching import ROOT, run
+from pictures import make_picture
 from PIL import Image
 
 SCRIPT = ROOT / "retrieve.py"

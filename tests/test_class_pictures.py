@@ -1,42 +1,24 @@
 """Class pictures: generated ones, real ones as retrieve.py leaves them, and plain folders."""
 
-import os
 import shlex
 import sys
 
 import numpy as np
 import pytest
-from conftest import LAUNCHERS, ROOT, SCRIPT, flags, fresh_pipeline, load_trained, make_picture, run, train
+import torch
+from launching import SCRIPT, finish, flags, fork, run, start, train
+from observers import record_generation
+from pictures import make_picture
 from PIL import Image
-
-# The trainer as a process that writes down which prompts and seeds the base model drew, one file a process.
-GENERATING = """
-import json, os, sys
-sys.path.insert(0, {root!r})
-from diffusers import StableDiffusionPipeline
-from train_custom_diffusion import main, parse_args
-
-call = StableDiffusionPipeline.__call__
-def recorded(self, prompt, *args, generator, **kwargs):
-    with open(f"{{sys.argv[1]}}/drawn-by-{{os.environ.get('RANK', '0')}}.txt", "a") as file:
-        file.writelines(f"{{p}} {{g.initial_seed()}}\\n" for p, g in zip(prompt, generator, strict=True))
-    return call(self, prompt, *args, generator=generator, **kwargs)
-StableDiffusionPipeline.__call__ = recorded
-main(parse_args(sys.argv[2:]))
-"""
+from reading import check_loading, check_weight_files, fresh_pipeline, load_as_a_user, load_trained
 
 
-def generate(launcher, folder, notes, **values):
+def generate(folder, processes=1, **values):
     """Trains with generated class pictures; returns (prompt, seed) of all that each process drew."""
-    notes.mkdir()
-    script = notes / "notebook.py"
-    script.write_text(GENERATING.format(root=str(ROOT)))
-    values = {"output_dir": folder, "resolution": 64, "train_batch_size": 1, "max_train_steps": 2} | values
-    values |= {"report_to": "none", "dataloader_num_workers": 0, "learning_rate": 1e-2, "sample_batch_size": 2}
-    process = run(*LAUNCHERS[launcher], script, notes, *flags(**values))
-    assert process.returncode == 0, process.stderr[-5000:]
-    lines = {file.name: file.read_text().splitlines() for file in notes.glob("drawn-by-*")}
-    return {name: [line.split(" ") for line in drawn] for name, drawn in lines.items()}
+    values = {"sample_batch_size": 2, "max_train_steps": 2, "learning_rate": 1e-2} | values
+    finish(start(folder, processes, observer=record_generation, **values), folder)
+    files = sorted(folder.parent.glob(f"{folder.name}.drawn*"))
+    return [[line.split(" ") for line in file.read_text().splitlines()] for file in files]
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +30,13 @@ def concepts(two_concepts):
 def generated(concepts, tmp_path_factory):
     """Two concepts, two processes, three class pictures each: the run's folder and who drew what."""
     folder = tmp_path_factory.mktemp("runs") / "generated"
-    return folder, generate("torchrun", folder, tmp_path_factory.mktemp("notes") / "first", **concepts)
+    return folder, generate(folder, processes=2, **concepts)
 
 
 def test_processes_share_the_generation(generated):
     drawn = generated[1]
-    assert {name: len(pictures) for name, pictures in drawn.items()} == {"drawn-by-0.txt": 3, "drawn-by-1.txt": 3}
-    assert sorted(prompt for prompt, _ in sum(drawn.values(), [])) == ["cat"] * 3 + ["pot"] * 3
+    assert [len(pictures) for pictures in drawn] == [3, 3]
+    assert sorted(prompt for prompt, _ in drawn[0] + drawn[1]) == ["cat"] * 3 + ["pot"] * 3
 
 
 def test_generated_pictures(generated, world):
@@ -70,9 +52,7 @@ def test_generated_pictures(generated, world):
 
 def test_generated_pictures_are_the_base_model_s(generated, world, sd1):
     """Drawn again here with diffusers alone, from the prompts and seeds that the processes wrote down."""
-    import torch
-
-    for prompt, seed in generated[1]["drawn-by-1.txt"]:
+    for prompt, seed in generated[1][1]:
         generator = torch.Generator().manual_seed(int(seed))
         expected = np.asarray(fresh_pipeline(sd1)(prompt, height=64, width=64, generator=generator).images[0], int)
         pictures = [np.asarray(Image.open(file), int) for file in (world / f"generated_{prompt}").glob("*.png")]
@@ -81,9 +61,6 @@ def test_generated_pictures_are_the_base_model_s(generated, world, sd1):
 
 def test_two_concepts_load_with_diffusers(generated, sd1):
     """Queries and outputs trained too; two words, one of them with a capital; the same as copying by hand."""
-    import torch
-    from test_outputs import check_loading, check_weight_files, load_as_a_user
-
     projections = ("to_k.weight", "to_v.weight", "to_q.weight", "to_out.0.weight", "to_out.0.bias")
     check_weight_files(sd1, generated[0], ["<New1>", "<new2>"], projections)
     for word in ("<New1>", "<new2>"):
@@ -105,12 +82,23 @@ def test_generation_goes_on_and_overwrites_nothing(generated, concepts, world, t
     make_picture(900).save(folder / "a_photo_of_mine.jpg")
     (folder / "notes.txt").write_text("not a picture")
     before = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in folder.glob("[!.]*")}
-    drawn = generate("python", tmp_path / "run", tmp_path / "notes", **concepts | {"num_class_images": 4})
-    assert sorted(prompt for prompt, _ in drawn["drawn-by-0.txt"]) == ["cat", "pot"]
+    (drawn,) = generate(tmp_path / "run", **concepts | {"num_class_images": 4})
+    assert sorted(prompt for prompt, _ in drawn) == ["cat", "pot"]
     assert {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in before} == before
     pictures = [file for file in folder.glob("[!.]*") if file.suffix in (".png", ".jpg")]
     assert len(pictures) == 4
     assert all(Image.open(file).convert("RGB").getbbox() for file in pictures)
+
+
+@pytest.mark.gpu
+def test_pictures_are_generated_in_fp16_on_a_gpu(one_concept, tmp_path):
+    """fp16 is the default on a GPU; a picture of numbers that are none would be black."""
+    values = {"with_prior_preservation": True, "class_prompt": "cat", "num_class_images": 3, "sample_batch_size": 2}
+    train(tmp_path / "run", class_data_dir=tmp_path / "cats", **one_concept | values)
+    pictures = [Image.open(file) for file in (tmp_path / "cats").glob("*.png")]
+    assert [picture.size for picture in pictures] == [(64, 64)] * 3
+    assert all(np.asarray(picture).std() > 1 for picture in pictures)
+    assert all(value.isfinite().all() for value in load_trained(tmp_path / "run").values())
 
 
 # Real pictures
@@ -130,25 +118,20 @@ def real_flags(sd1, world, **values):
     } | values
 
 
-def read(flags_list, cwd):
-    """Captions and files of the class pictures that the trainer finds, as a notebook sees them."""
+def read(flags_list):
+    """Captions and files of the class pictures that the trainer finds, from the working folder."""
     from train_custom_diffusion import parse_args, read_concepts
 
-    here = os.getcwd()
-    os.chdir(cwd)
-    try:
-        (concept,) = read_concepts(parse_args(flags_list))
-        return [
-            (caption, file.resolve())
-            for caption, file in zip(concept.class_captions, concept.class_pictures, strict=True)
-        ]
-    finally:
-        os.chdir(here)
+    (concept,) = read_concepts(parse_args(flags_list))
+    return [
+        (caption, file.resolve()) for caption, file in zip(concept.class_captions, concept.class_pictures, strict=True)
+    ]
 
 
-def test_retrieved_pictures(sd1, world):
+def test_retrieved_pictures(sd1, world, monkeypatch):
     """Lines of images.txt that are absolute, relative to the working folder, relative to class_data_dir."""
-    found = read(flags(**real_flags(sd1, world, class_data_dir="retrieved")), world)
+    monkeypatch.chdir(world)
+    found = read(flags(**real_flags(sd1, world, class_data_dir="retrieved")))
     images = world / "retrieved" / "images"
     assert found == [(f"a cat, number {i}", (images / f"{i}.png").resolve()) for i in range(6)]
 
@@ -160,7 +143,7 @@ def test_run_on_retrieved_pictures_counts_them(trained):
 
 def test_plain_folder_of_real_pictures(sd1, world):
     """class_prompt is every caption."""
-    found = read(flags(**real_flags(sd1, world, class_data_dir=world / "cats")), world)
+    found = read(flags(**real_flags(sd1, world, class_data_dir=world / "cats")))
     assert found == [("cat", (world / "cats" / f"{i}.png").resolve()) for i in range(6)]
 
 
@@ -183,6 +166,6 @@ def test_missing_real_pictures_name_the_command(name, sd1, world, tmp_path):
 def test_real_prior_can_be_switched_off(sd1, world, tmp_path):
     """--real_prior=False is no --real_prior: existing pictures are used, none is asked of retrieve.py."""
     values = real_flags(sd1, world, class_data_dir=world / "cats", real_prior="False", num_class_images=6)
-    folder = train(tmp_path / "run", **values | {"max_train_steps": 1})
-    assert "6 class pictures" in (folder / "stdout.txt").read_text()
+    fork(tmp_path / "run", **values | {"max_train_steps": 1})
+    assert "6 class pictures" in (tmp_path / "run.log").read_text()
     assert len(list((world / "cats").iterdir())) == 6

@@ -1,0 +1,78 @@
+"""Tiny Stable Diffusion models with random weights, and the small trained one of the repository."""
+
+import pytest
+from launching import ROOT
+
+EMBEDDED = ROOT / "assets" / "model"
+
+
+def make_model(folder, text, unet, scheduler):
+    """Saves a Stable Diffusion of random weights, with CLIP's whole vocabulary and a VAE of factor 8."""
+    import torch
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=[4, 4, 8, 8],
+        latent_channels=4,
+        norm_num_groups=2,
+        sample_size=64,
+    )
+    text_config = CLIPTextConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=49408, **text
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=[32, 32],
+        cross_attention_dim=32,
+        norm_num_groups=8,
+        **unet,
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(text_config),
+        tokenizer=CLIPTokenizer.from_pretrained(EMBEDDED / "tokenizer"),
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+
+
+@pytest.fixture(scope="session")
+def sd1(tmp_path_factory):
+    """Stable Diffusion 1.x in small: predicts the noise, one size of attention head."""
+    from diffusers import PNDMScheduler
+
+    unet = {
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+        "attention_head_dim": 8,
+    }
+    scheduler = PNDMScheduler(skip_prk_steps=True, **BETAS)
+    return make_model(tmp_path_factory.mktemp("models") / "sd1", {"hidden_act": "quick_gelu"}, unet, scheduler)
+
+
+@pytest.fixture(scope="session")
+def sd2(tmp_path_factory):
+    """Stable Diffusion 2.x in small: v-prediction, linear projections, a list of head dimensions."""
+    from diffusers import DDIMScheduler
+
+    unet = {
+        "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+        "attention_head_dim": [2, 4],
+        "use_linear_projection": True,
+    }
+    scheduler = DDIMScheduler(prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False, **BETAS)
+    return make_model(tmp_path_factory.mktemp("models") / "sd2", {"hidden_act": "gelu"}, unet, scheduler)

@@ -1,0 +1,340 @@
+"""Observers: functions that a process calls before the trainer's main, to watch the libraries at work or disturb them.
+
+Each takes output_dir and the process's rank, and may return a function to call after main. It leaves its notes beside
+output_dir. As a script this module starts main under an observer:
+
+    python observers.py OBSERVER OUTPUT_DIR [flags of the trainer]
+"""
+
+import io
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import CLIPTextModel
+
+WEIGHTS = "pytorch_custom_diffusion_weights"
+
+
+def beside(folder, name):
+    """A file beside output_dir in which an observer leaves its notes."""
+    return folder.with_name(f"{folder.name}.{name}")
+
+
+# Watching
+
+
+def record_generation(folder, rank):
+    """Notes the prompt and the seed of each picture that a pipeline draws from a list of generators."""
+    call = StableDiffusionPipeline.__call__
+
+    def recorded(self, prompt, *args, generator, **kwargs):
+        if isinstance(generator, list):
+            with open(beside(folder, f"drawn{rank}"), "a") as file:
+                file.writelines(f"{p} {g.initial_seed()}\n" for p, g in zip(prompt, generator, strict=True))
+        return call(self, prompt, *args, generator=generator, **kwargs)
+
+    StableDiffusionPipeline.__call__ = recorded
+
+
+def record_steps(folder, rank):
+    """Records latents, noise, timesteps and token ids of every step, and the models as they are in the end."""
+    record, models = {"noised": [], "ids": []}, {}
+    add_noise, forward = DDPMScheduler.add_noise, CLIPTextModel.forward
+
+    def recorded_add_noise(self, latents, noise, timesteps):
+        record["noised"].append([latents.clone(), noise.clone(), timesteps.clone()])
+        return add_noise(self, latents, noise, timesteps)
+
+    def recorded_forward(self, input_ids=None, *args, **kwargs):
+        if torch.is_grad_enabled():
+            record["ids"].append(input_ids.clone())
+        return forward(self, input_ids, *args, **kwargs)
+
+    def keep(cls):
+        load = cls.from_pretrained
+
+        def loader(*args, **kwargs):
+            loaded = load(*args, **kwargs)
+            models.setdefault(cls.__name__, loaded[0] if isinstance(loaded, tuple) else loaded)
+            return loaded
+
+        cls.from_pretrained = loader
+
+    def save():
+        record["models"] = {name: dict(model.state_dict()) for name, model in models.items()}
+        torch.save(record, beside(folder, "steps"))
+
+    DDPMScheduler.add_noise, CLIPTextModel.forward = recorded_add_noise, recorded_forward
+    keep(UNet2DConditionModel), keep(CLIPTextModel), keep(AutoencoderKL)
+    return save
+
+
+def batch_of(arguments):
+    """The batch among the arguments of a function of the trainer."""
+    return next(value for value in arguments if isinstance(value, dict))
+
+
+def record_losses(folder, rank):
+    """Records each batch and its loss."""
+    import train_custom_diffusion as trainer
+
+    loss_of, steps = trainer.diffusion_loss, []
+
+    def recorded(*args, **kwargs):
+        loss = loss_of(*args, **kwargs)
+        steps.append(batch_of((*args, *kwargs.values())) | {"loss": loss.detach().clone()})
+        return loss
+
+    trainer.diffusion_loss = recorded
+    return lambda: torch.save(steps, beside(folder, "losses"))
+
+
+def record_batches(folder, rank):
+    """Records the pixels that are encoded before the training, every batch of the training, and its latents."""
+    import train_custom_diffusion as trainer
+
+    record = {"pixels": [], "batches": [], "latents": [], "encoded_in_training": 0}
+    encode, add_noise, step = AutoencoderKL.encode, DDPMScheduler.add_noise, trainer.training_step
+
+    def recorded_encode(self, pixels, *args, **kwargs):
+        record["encoded_in_training"] += bool(record["batches"])
+        record["pixels"].append(pixels.clone())
+        return encode(self, pixels, *args, **kwargs)
+
+    def recorded_add_noise(self, latents, *args):
+        record["latents"].append(latents.clone())
+        return add_noise(self, latents, *args)
+
+    def recorded_step(*args, **kwargs):
+        batch = batch_of((*args, *kwargs.values()))
+        record["batches"].append({key: value.clone() for key, value in batch.items()})
+        return step(*args, **kwargs)
+
+    AutoencoderKL.encode, DDPMScheduler.add_noise = recorded_encode, recorded_add_noise
+    trainer.training_step = recorded_step
+    return lambda: torch.save(record, beside(folder, f"batches{rank}"))
+
+
+class WaitingOperations(TorchDispatchMode):
+    """Lists the operations that make the host wait for a device."""
+
+    def __init__(self, found):
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2"):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def watch_steps(folder, rank):
+    """Counts, in the training steps, what makes the host wait for a device, and forward passes of the layers."""
+    import diffusers.models.attention
+    import transformers.models.clip.modeling_clip
+
+    import train_custom_diffusion as trainer
+
+    found, under_way = {"waits": [], "FeedForward": 0, "CLIPMLP": 0}, []
+
+    def count(cls):
+        forward = cls.forward
+
+        def counted(self, *args, **kwargs):
+            found[cls.__name__] += len(under_way)
+            return forward(self, *args, **kwargs)
+
+        cls.forward = counted
+
+    count(diffusers.models.attention.FeedForward)
+    count(transformers.models.clip.modeling_clip.CLIPMLP)
+    step = trainer.training_step
+
+    def watched(*args, **kwargs):
+        under_way.append("step")
+        with WaitingOperations(found["waits"]):
+            loss = step(*args, **kwargs)
+        under_way.pop()
+        return loss
+
+    trainer.training_step = watched
+    return lambda: beside(folder, "json").write_text(json.dumps(found))
+
+
+def record_files_and_weights(folder, rank):
+    """Notes what the process creates, writes, renames or deletes beside output_dir, and records the final weights."""
+    from accelerate import Accelerator
+
+    watched, notes = str(folder.parent), open(beside(folder, f"files{rank}"), "w", buffering=1)
+
+    def watch(event, details):
+        changes = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
+        changes |= event == "open" and bool(details[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+        if changes and isinstance(details[0], str) and os.path.abspath(details[0]).startswith(watched):
+            notes.write(f"{event} {details[0]}\n")
+
+    prepare, models = Accelerator.prepare, []
+
+    def recorded(self, *objects, **options):
+        models.extend(one for one in objects if isinstance(one, torch.nn.Module))
+        return prepare(self, *objects, **options)
+
+    def save():
+        (model,) = models
+        weights = {name: p.detach() for name, p in model.named_parameters()}
+        trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        torch.save([weights, trained], f"{notes.name}.pt")
+
+    Accelerator.prepare = recorded
+    sys.addaudithook(watch)
+    return save
+
+
+# Disturbing
+
+
+def slow_disk(folder, rank):
+    """Makes flushing and deleting a file take long enough for a test to kill the process in between."""
+    fsync, unlink = os.fsync, os.unlink
+
+    def slow_fsync(descriptor):
+        time.sleep(0.03)
+        fsync(descriptor)
+
+    def slow_unlink(*file, **options):
+        time.sleep(0.03)
+        unlink(*file, **options)
+
+    os.fsync, os.unlink = slow_fsync, slow_unlink
+
+
+def die_while_a_picture_is_written(folder, rank):
+    """Ends the process in the middle of the second picture that it writes."""
+    save, saved = Image.Image.save, []
+
+    def save_half(image, target, *args, **options):
+        saved.append(target)
+        if len(saved) < 2:
+            return save(image, target, *args, **options)
+        content = io.BytesIO()
+        save(image, content, "PNG")
+        stream = target if hasattr(target, "write") else open(target, "wb")
+        stream.write(content.getvalue()[:1000])
+        stream.flush()
+        os._exit(9)
+
+    Image.Image.save = save_half
+
+
+def run_out_of_memory(folder, rank):
+    """Raises the error of a full GPU in the second step of the second process."""
+    add_noise, steps = DDPMScheduler.add_noise, []
+
+    def fail(*args):
+        steps.append(args)
+        if rank == 1 and len(steps) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GB")
+        return add_noise(*args)
+
+    DDPMScheduler.add_noise = fail
+
+
+def hang_in_a_step(folder, rank):
+    """Makes the first step take a minute."""
+    DDPMScheduler.add_noise = lambda *args: time.sleep(60)
+
+
+def compile_wrongly(folder, rank):
+    """Compiles the model, as `accelerate launch --dynamo_backend` makes it, with half of the right gradients."""
+    os.environ["ACCELERATE_DYNAMO_BACKEND"] = "EAGER"
+    forward = UNet2DConditionModel.forward
+
+    def wrong(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            output.sample = (output.sample + output.sample.detach()) / 2
+        return output
+
+    UNet2DConditionModel.forward = wrong
+
+
+def before_loading(change):
+    """An observer that calls change(file, unet, options) whenever diffusers is about to load attention weights."""
+
+    def observer(folder, rank):
+        load, file = UNet2DConditionModel.load_attn_procs, folder / f"{WEIGHTS}.safetensors"
+
+        def disturbed(unet, *args, **options):
+            change(file, unet, options)
+            return load(unet, *args, **options)
+
+        UNet2DConditionModel.load_attn_procs = disturbed
+
+    return observer
+
+
+def truncate_weights(folder, rank):
+    """The weights that diffusers is about to load lose their end."""
+    before_loading(lambda file, unet, options: file.write_bytes(file.read_bytes()[:-1000]))(folder, rank)
+
+
+def change_a_number(folder, rank):
+    """One number of the weights that diffusers is about to load changes."""
+
+    def change(file, unet, options):
+        state = load_file(file)
+        max(state.values(), key=len)[0, 0] += 1e-3
+        save_file(state, file)
+
+    before_loading(change)(folder, rank)
+
+
+def drop_a_layer(folder, rank):
+    """The weights that diffusers is about to load lack a layer."""
+
+    def change(file, unet, options):
+        state = load_file(file)
+        layer = max(state, key=lambda key: len(state[key])).partition(".processor")[0]
+        save_file({key: value for key, value in state.items() if not key.startswith(layer)}, file)
+
+    before_loading(change)(folder, rank)
+
+
+def load_nothing(folder, rank):
+    """diffusers' loader is called in the way in which it installs nothing."""
+    before_loading(lambda file, unet, options: options.pop("_pipeline"))(folder, rank)
+
+
+def change_the_unet(folder, rank):
+    """The loader changes the UNet elsewhere, too."""
+    before_loading(lambda file, unet, options: unet.conv_in.weight.data.add_(0.1))(folder, rank)
+
+
+def load_no_embedding(folder, rank):
+    """The loader of embeddings adds the word, but not its embedding."""
+
+    def skip(pipeline, *args, **options):
+        pipeline.tokenizer.add_tokens("<new1>")
+        pipeline.text_encoder.resize_token_embeddings(len(pipeline.tokenizer))
+
+    diffusers.StableDiffusionPipeline.load_textual_inversion = skip
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from train_custom_diffusion import main, parse_args
+
+    observer, output_dir, *words = sys.argv[1:]
+    finish_observing = globals()[observer](Path(output_dir), int(os.environ.get("RANK", 0)))
+    main(parse_args(words))
+    if finish_observing:
+        finish_observing()

@@ -1,0 +1,681 @@
+"""What a user gives the trainer: the command line, data, models and packages.
+
+Whatever is wrong with these is answered with one line that names it, with exit status 2 (arguments) or 1 (the rest),
+and leaves every file as it was. Each case makes its files in a folder of its own and returns the flags that it changes.
+"""
+
+import json
+import os
+import re
+import shutil
+import struct
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import packaging
+import pytest
+from launching import ROOT, SCRIPT, SECRET, flags, in_one_process, run
+from packaging.requirements import Requirement
+from pictures import make_picture
+from reading import WEIGHTS
+
+from train_custom_diffusion import parse_args
+
+HEAVY = ("torch", "diffusers", "transformers", "accelerate")
+# the root user may read and write everything, but for this
+UNPRIVILEGED = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder `cat` with one good picture."""
+    return with_cat(tmp_path)
+
+
+def with_cat(folder):
+    (folder / "cat").mkdir()
+    make_picture(0).save(folder / "cat" / "0.png")
+    return folder
+
+
+def good_flags(folder, model="model"):
+    return {
+        "pretrained_model_name_or_path": model,
+        "instance_data_dir": folder / "cat",
+        "instance_prompt": "photo of a <new1> cat",
+        "modifier_token": "<new1>",
+        "resolution": 64,
+        "output_dir": folder / "run",
+        "report_to": "none",
+        "dataloader_num_workers": 0,
+        "max_train_steps": 1,
+    }
+
+
+def listing(folder):
+    """All that lies in a folder: path, time of change and size, without following links."""
+    return {
+        (path, path.lstat().st_mtime_ns, path.lstat().st_size) for path in folder.rglob("*") if not path.is_dir()
+    } | {path for path in folder.rglob("*") if path.is_dir()}
+
+
+def refuse(folder, values, status, words, **options):
+    """Launches the script with these flags changed; checks its one line, its exit status, and that no file changed."""
+    before = listing(folder)
+    process = run(sys.executable, SCRIPT, *flags(**good_flags(folder) | values), cwd=folder, **options)
+    assert process.returncode == status, process.stdout + process.stderr
+    (line,) = process.stderr.splitlines()
+    assert "error: " in line and [word for word in words if str(word) not in line] == [], line
+    assert process.stdout == "" and listing(folder) == before
+
+
+# Help and defaults
+
+
+def test_help_is_quick():
+    """Under a second; the best of five, so that a busy machine does not matter."""
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        assert run(sys.executable, SCRIPT, "--help").returncode == 0
+        times.append(time.perf_counter() - start)
+    assert min(times) < 1
+
+
+@pytest.mark.parametrize("words, status", [(["--help"], 0), (["--resolution=zero"], 2)])
+def test_answers_before_heavy_imports(words, status):
+    process = run(sys.executable, "-X", "importtime", SCRIPT, *words)
+    assert process.returncode == status
+    lines = [line for line in process.stderr.splitlines() if "import time" in line]
+    modules = {line.rpartition("|")[2].strip().partition(".")[0] for line in lines}
+    assert "argparse" in modules and not modules & set(HEAVY)
+
+
+def test_help_names_every_flag():
+    """Every flag of the contract."""
+    names = """pretrained_model_name_or_path revision variant tokenizer_name instance_data_dir instance_prompt
+        class_data_dir class_prompt concepts_list modifier_token initializer_token freeze_model
+        with_prior_preservation prior_loss_weight num_class_images real_prior prior_generation_precision
+        sample_batch_size resolution center_crop hflip noaug cache_latents train_batch_size
+        gradient_accumulation_steps num_train_epochs max_train_steps learning_rate scale_lr lr_scheduler
+        lr_warmup_steps adam_beta1 adam_beta2 adam_weight_decay adam_epsilon use_8bit_adam max_grad_norm
+        mixed_precision allow_tf32 gradient_checkpointing enable_xformers_memory_efficient_attention
+        set_grads_to_none dataloader_num_workers local_rank seed output_dir logging_dir report_to validation_prompt
+        num_validation_images validation_steps checkpointing_steps checkpoints_total_limit resume_from_checkpoint
+        push_to_hub hub_token hub_model_id no_safe_serialization"""
+    text = run(sys.executable, SCRIPT, "--help").stdout
+    assert [name for name in names.split() if f"--{name}" not in text] == []
+
+
+NEEDED = ["--pretrained_model_name_or_path=m", "--instance_data_dir=cat", "--instance_prompt=a <new1> cat"]
+
+
+def test_defaults():
+    args = parse_args(NEEDED)
+    expected = {
+        "initializer_token": "ktn+pll+ucd", "freeze_model": "crossattn_kv", "prior_loss_weight": 1.0,
+        "num_class_images": 200, "sample_batch_size": 4, "resolution": 512, "train_batch_size": 4,
+        "gradient_accumulation_steps": 1, "num_train_epochs": 1, "max_train_steps": None, "learning_rate": 1e-5,
+        "lr_scheduler": "constant", "lr_warmup_steps": 500, "adam_beta1": 0.9, "adam_beta2": 0.999,
+        "adam_weight_decay": 1e-2, "adam_epsilon": 1e-8, "max_grad_norm": 1.0, "dataloader_num_workers": 2,
+        "local_rank": -1, "seed": 42, "output_dir": "custom-diffusion-model", "logging_dir": "logs",
+        "report_to": "tensorboard", "num_validation_images": 2, "validation_steps": 50, "checkpointing_steps": 250,
+        "cache_latents": 0,
+    }  # fmt: skip
+    assert {name: getattr(args, name) for name in expected} == expected
+    optional = ("revision", "variant", "mixed_precision", "validation_prompt", "hub_token", "hub_model_id")
+    assert all(getattr(args, name) is None for name in optional)
+
+
+BOOLEANS = """with_prior_preservation real_prior center_crop hflip noaug scale_lr use_8bit_adam allow_tf32
+    gradient_checkpointing enable_xformers_memory_efficient_attention set_grads_to_none push_to_hub
+    no_safe_serialization"""
+
+
+@pytest.mark.parametrize("name", BOOLEANS.split())
+def test_booleans(name):
+    """Off by default, bare, =True and =False."""
+    around = [*NEEDED, "--class_data_dir=c", "--class_prompt=cat"]
+    around += ["--with_prior_preservation"] if name == "real_prior" else []
+    assert getattr(parse_args(around), name) is False
+    for words, value in ((f"--{name}", True), (f"--{name}=True", True), (f"--{name}=False", False)):
+        assert getattr(parse_args([*around, words]), name) is value
+    assert getattr(parse_args([*around, f"--{name}", "--seed=3"]), name) is True
+
+
+# Arguments that are wrong by themselves: exit status 2
+
+
+ARGUMENTS = {
+    "no model": ({"pretrained_model_name_or_path": None}, ["--pretrained_model_name_or_path"]),
+    "no pictures": ({"instance_data_dir": None}, ["--instance_data_dir", "--concepts_list"]),
+    "no prompt": ({"instance_prompt": None}, ["--instance_prompt"]),
+    "no class pictures": ({"with_prior_preservation": True, "class_prompt": "cat"}, ["--class_data_dir"]),
+    "no class": ({"with_prior_preservation": True, "class_data_dir": "c"}, ["--class_prompt"]),
+    "unknown flag": ({"resolutoin": 512}, ["--resolutoin"]),
+    "shortened flag": ({"resol": 512}, ["--resol"]),
+    "no number": ({"train_batch_size": "four"}, ["--train_batch_size", "four"]),
+    "half a picture": ({"train_batch_size": 1.5}, ["--train_batch_size", "1.5"]),
+    "no boolean": ({"hflip": "maybe"}, ["--hflip", "maybe"]),
+    "no choice": ({"freeze_model": "all"}, ["--freeze_model", "crossattn_kv"]),
+    "no schedule": ({"lr_scheduler": "up"}, ["--lr_scheduler", "cosine"]),
+    "no tracker": ({"report_to": "paper"}, ["--report_to", "tensorboard"]),
+    "no precision": ({"mixed_precision": "fp8"}, ["--mixed_precision", "bf16"]),
+    "negative steps": ({"max_train_steps": -3}, ["--max_train_steps", "-3"]),
+    "negative seed": ({"seed": -1}, ["--seed", "-1"]),
+    "workers": ({"dataloader_num_workers": -1}, ["--dataloader_num_workers"]),
+    "warm-up": ({"lr_warmup_steps": -1}, ["--lr_warmup_steps"]),
+    "learning rate": ({"learning_rate": -1e-5}, ["--learning_rate", "-1e-05"]),
+    "learning rate nan": ({"learning_rate": "nan"}, ["--learning_rate", "nan"]),
+    "weight decay": ({"adam_weight_decay": -1}, ["--adam_weight_decay"]),
+    "epsilon": ({"adam_epsilon": -1}, ["--adam_epsilon"]),
+    "clipping": ({"max_grad_norm": -1}, ["--max_grad_norm"]),
+    "prior loss": ({"prior_loss_weight": -1}, ["--prior_loss_weight"]),
+    "cached latents": ({"cache_latents": -1}, ["--cache_latents"]),
+    "beta": ({"adam_beta1": 1}, ["--adam_beta1"]),
+    "real_prior alone": ({"real_prior": True}, ["--real_prior", "--with_prior_preservation"]),
+    "token twice": ({"modifier_token": "<new1>+<new1>"}, ["--modifier_token", "<new1>", "twice"]),
+    "empty token": ({"modifier_token": "<new1>+"}, ["--modifier_token"]),
+    "token with a slash": ({"modifier_token": "a/b"}, ["--modifier_token", "a/b"]),
+    "token that hides its file": ({"modifier_token": ".new"}, ["--modifier_token", ".new"]),
+    "token that names the weights": ({"modifier_token": WEIGHTS}, ["--modifier_token", WEIGHTS]),
+    "initializers": ({"modifier_token": "<new1>+<b>", "initializer_token": "cat"}, ["--initializer_token", "1", "2"]),
+    **{
+        f"{name} 0": ({name: 0}, [f"--{name}"])
+        for name in """train_batch_size gradient_accumulation_steps num_train_epochs max_train_steps resolution
+            num_class_images sample_batch_size checkpointing_steps checkpoints_total_limit validation_steps
+            num_validation_images""".split()
+    },
+    **{
+        f"token of the hub with {tracker}": ({"hub_token": SECRET, "report_to": tracker}, ["--hub_token", tracker])
+        for tracker in ("wandb", "comet_ml", "all")
+    },
+}
+
+
+@pytest.mark.parametrize("case", ARGUMENTS)
+def test_arguments(case, tmp_path, capsys):
+    """Exit status 2, and one line on stderr; the pictures are not even looked for."""
+    values, words = ARGUMENTS[case]
+    with pytest.raises(SystemExit) as end:
+        parse_args(flags(**good_flags(tmp_path) | values))
+    printed = capsys.readouterr()
+    (line,) = printed.err.splitlines()
+    assert end.value.code == 2 and printed.out == ""
+    assert "error: " in line and [word for word in words if word not in line] == [], line
+
+
+@pytest.mark.parametrize("case", ["unknown flag", "negative steps", "real_prior alone"])
+def test_arguments_of_a_process(case, folder):
+    values, words = ARGUMENTS[case]
+    refuse(folder, values, 2, words)
+
+
+# Data, models and packages: exit status 1. One process calls main for all cases.
+
+
+def given(**values):
+    """A case that changes flags alone."""
+    return lambda folder, model: values
+
+
+def picture(name, content):
+    """A case with one more instance picture."""
+
+    def make(folder, model):
+        (folder / "cat" / name).write_bytes(content(folder) if callable(content) else content)
+        return {}
+
+    return make
+
+
+def truncated(folder):
+    return (folder / "cat" / "0.png").read_bytes()[:300]
+
+
+def bomb(folder):
+    """A PNG of a few bytes that says it is 60,000 pixels wide and high."""
+    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
+    data = (
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(data)
+
+
+def link(target):
+    """A case with a picture that is a link."""
+
+    def make(folder, model):
+        (folder / "cat" / "link.jpg").symlink_to(target)
+        return {}
+
+    return make
+
+
+def concepts(content):
+    """A case with this concepts list: text, bytes, or what JSON can hold."""
+
+    def make(folder, model):
+        text = content if isinstance(content, (str, bytes)) else json.dumps(content)
+        (folder / "list.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+        return {"concepts_list": "list.json", "instance_prompt": None, "instance_data_dir": None}
+
+    return make
+
+
+CONCEPT = {"instance_prompt": "a <new1> cat", "instance_data_dir": "cat"}
+ELSEWHERE = CONCEPT | {"instance_data_dir": "dog"}
+PRIOR = {"with_prior_preservation": True, "class_prompt": "cat"}
+
+
+def with_class(make, **values):
+    """A case with prior preservation."""
+    return lambda folder, model: make(folder, model) | PRIOR | values
+
+
+def retrieved(images, captions):
+    """A case with class pictures as retrieve.py leaves them."""
+
+    def make(folder, model):
+        real = folder / "real"
+        (real / "images").mkdir(parents=True)
+        make_picture(1).save(real / "images" / "0.png")
+        for name, content in (("images.txt", images), ("caption.txt", captions)):
+            (real / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        return {"class_data_dir": "real", "real_prior": True} | PRIOR
+
+    return make
+
+
+def made(*names, **values):
+    """A case with more folders (ending in a slash) and files."""
+
+    def make(folder, model):
+        for name in names:
+            if name.endswith("/"):
+                (folder / name).mkdir()
+            else:
+                (folder / name).write_text("mine")
+        return values
+
+    return make
+
+
+def forbidden(name, mode, make=None, **values):
+    """A case in which something may not be read or written."""
+
+    def change(folder, model):
+        changed = make(folder, model) if make else {}
+        (folder / name).chmod(mode)
+        return changed | values
+
+    return change
+
+
+def shared(*classes):
+    """Concepts that share a folder of generated class pictures."""
+    concept = CONCEPT | {"class_data_dir": "class"}
+    return with_class(concepts([concept | {"class_prompt": name} for name in classes]))
+
+
+DATA = {
+    # folders and pictures
+    "no such folder": (given(instance_data_dir="dog"), ["instance_data_dir", "dog"]),
+    "not a folder": (given(instance_data_dir="cat/0.png"), ["instance_data_dir", "0.png"]),
+    "empty folder": (made("dog/", instance_data_dir="dog"), ["instance_data_dir", "dog", "no pictures"]),
+    "no pictures": (made("dog/", "dog/a.txt", instance_data_dir="dog"), ["instance_data_dir", "dog", "no pictures"]),
+    "only folders": (made("dog/", "dog/a.jpg/", instance_data_dir="dog"), ["instance_data_dir", "dog", "no pictures"]),
+    "truncated picture": (picture("half.png", truncated), ["cat/half.png"]),
+    "no bytes": (picture("empty.jpg", b""), ["cat/empty.jpg"]),
+    "text": (picture("fake.jpg", b"hello"), ["cat/fake.jpg"]),
+    "decompression bomb": (picture("bomb.png", bomb), ["cat/bomb.png", "3600000000 pixels"]),
+    "dangling link": (link("nowhere.jpg"), ["cat/link.jpg"]),
+    # lists of concepts
+    "no list file": (given(concepts_list="none.json"), ["--concepts_list", "none.json", "No such file"]),
+    "folder as a list": (made("list.json/", concepts_list="list.json"), ["--concepts_list", "list.json"]),
+    "no JSON": (concepts('[\n{"instance_prompt": }]'), ["--concepts_list", "list.json", "line 2", "column 21"]),
+    "empty file": (concepts(""), ["--concepts_list", "list.json"]),
+    "UTF-16": (concepts(json.dumps([CONCEPT]).encode("utf-16")), ["--concepts_list", "UTF-8"]),
+    "no list": (concepts({"a": 1}), ["--concepts_list", "list"]),
+    "empty list": (concepts([]), ["--concepts_list", "list"]),
+    "no object": (concepts([CONCEPT, [CONCEPT]]), ["--concepts_list", "concept 2"]),
+    "key missing": (concepts([CONCEPT, {"instance_prompt": "b"}]), ["concept 2", "'instance_data_dir'"]),
+    "key of another kind": (concepts([CONCEPT | {"instance_prompt": ["a"]}]), ["concept 1", "'instance_prompt'"]),
+    "key empty": (concepts([CONCEPT | {"instance_data_dir": ""}]), ["concept 1", "'instance_data_dir'"]),
+    "class key missing": (with_class(concepts([CONCEPT])), ["concept 1", "'class_prompt'"]),
+    "second folder missing": (concepts([CONCEPT, ELSEWHERE]), ["instance_data_dir", "dog"]),
+    "one folder for two classes": (shared("cat", "dog"), ["class_data_dir", "'cat'", "'dog'"]),
+    # prompts and tokens
+    "token in no prompt": (given(instance_prompt="a cat"), ["instance_prompt", "'a cat'", "<new1>"]),
+    "token in other letters": (given(instance_prompt="a <NEW1> cat"), ["instance_prompt", "<new1>"]),
+    "second token in no prompt": (given(modifier_token="<new1>+<b>"), ["--modifier_token", "<b>"]),
+    "second concept without a token": (
+        concepts([CONCEPT, CONCEPT | {"instance_prompt": "a dog"}]),
+        ["instance_prompt", "a dog"],
+    ),
+    # class pictures
+    "more images": (retrieved("images/0.png\nimages/0.png\n", "a\n"), ["class_data_dir", "images.txt", "caption.txt"]),
+    "more captions": (retrieved("images/0.png\n", "a\nb\n"), ["class_data_dir", "images.txt", "caption.txt"]),
+    "retrieved picture gone": (retrieved("images/1.png\n", "a\n"), ["real", "images/1.png", "retrieve.py"]),
+    "retrieved picture is none": (retrieved("caption.txt\n", "a\n"), ["real/caption.txt"]),
+    "captions not UTF-8": (retrieved("images/0.png\n", b"\xff\n"), ["real/caption.txt", "UTF-8"]),
+    "nothing retrieved": (retrieved("", ""), ["class_data_dir", "python retrieve.py --class_prompt cat"]),
+    "no real pictures": (
+        with_class(given(class_data_dir="real", real_prior=True)),
+        ["class_data_dir", "python retrieve.py --class_prompt cat --class_data_dir real"],
+    ),
+    "class pictures in a file": (with_class(made("class", class_data_dir="class")), ["class_data_dir", "class"]),
+    # output folder
+    "output is a file": (made("run"), ["--output_dir", "run"]),
+    "output below a file": (made("file", output_dir="file/run"), ["--output_dir", "file/run"]),
+    "output among the pictures": (given(output_dir="./cat/"), ["--output_dir", "cat"]),
+    "output among class pictures": (with_class(given(class_data_dir="run")), ["--output_dir", "run"]),
+    # permissions
+    "unreadable picture": (forbidden("cat/0.png", 0), ["cat/0.png", "denied"]),
+    "unreadable folder": (forbidden("cat", 0), ["instance_data_dir", "cat", "denied"]),
+    "output not writable": (forbidden("run", 0o500, made("run/")), ["--output_dir", "run"]),
+    "class pictures not writable": (
+        forbidden("class", 0o500, with_class(made("class/"), class_data_dir="class")),
+        ["class_data_dir", "class"],
+    ),
+}
+PERMISSIONS = list(DATA)[-4:]
+
+
+def other_model(**contents):
+    """A case with a folder of these files as the model; JSON where the content is no bytes."""
+
+    def make(folder, model):
+        (folder / "other").mkdir()
+        for name, content in contents.items():
+            file = folder / "other" / name.replace("__", ".")
+            file.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+        return {"pretrained_model_name_or_path": folder / "other"}
+
+    return make
+
+
+def broken(change, **values):
+    """A case with a copy of the model in which something is changed."""
+
+    def make(folder, model):
+        shutil.copytree(model, folder / "broken")
+        change(folder / "broken")
+        return {"pretrained_model_name_or_path": folder / "broken"} | values
+
+    return make
+
+
+def cut(name, length=1000):
+    """Change: a file is only so long."""
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:length])
+
+
+def without(name):
+    """Change: a folder or file is gone."""
+    return lambda folder: shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
+
+
+def predict_samples(folder):
+    """Change: the scheduler is of a model that predicts the picture itself."""
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "sample"}))
+
+
+def nine_channels(folder):
+    """Change: a UNet for inpainting."""
+    from diffusers import UNet2DConditionModel
+
+    config = UNet2DConditionModel.load_config(folder / "unet")
+    UNet2DConditionModel.from_config(config, in_channels=9).save_pretrained(folder / "unet")
+
+
+NAME = "--pretrained_model_name_or_path"
+UNET = "unet/diffusion_pytorch_model.safetensors"
+MODEL = {
+    # what the tokenizer alone can tell
+    "unknown initializer": (given(initializer_token="wolpertinger"), ["--initializer_token", "wolpertinger", "'wol'"]),
+    "no initializer": (given(initializer_token=""), ["--initializer_token"]),
+    "token is a word": (
+        given(modifier_token="cat", instance_prompt="a cat"),
+        ["--modifier_token", "'cat'", "vocabulary"],
+    ),
+    "token within another": (
+        given(modifier_token="<new1>+<new1>x", instance_prompt="a <new1>x cat"),
+        ["instance_prompt", "'<new1>'"],
+    ),
+    "prompt too long": (given(instance_prompt="<new1> cat" + " and a dog" * 40), ["instance_prompt", "77"]),
+    "prompt too long when enlarged": (given(instance_prompt="<new1>" + " cat" * 72), ["'a far away", "78"]),
+    "before the UNet is loaded": (
+        broken(without(UNET), initializer_token="wolpertinger"),
+        ["--initializer_token", "wolpertinger"],
+    ),
+    "another tokenizer, gone": (given(tokenizer_name="gone"), ["--tokenizer_name gone"]),
+    # no Stable Diffusion
+    "resolution": (given(resolution=100), ["--resolution", "100", "8", "96"]),
+    "no such model": (given(pretrained_model_name_or_path="./gone"), [NAME, "./gone"]),
+    "hub id, offline": (given(pretrained_model_name_or_path="some/model"), [NAME, "some/model"]),
+    "empty model": (other_model(), [NAME, "no model_index.json", "nothing"]),
+    "transformers model": (
+        other_model(config__json={"model_type": "bert"}, model__safetensors=b""),
+        [NAME, "no model_index.json", "config.json, model.safetensors", "diffusers"],
+    ),
+    "another pipeline": (
+        other_model(model_index__json={"_class_name": "StableDiffusion3Pipeline"}),
+        [NAME, "StableDiffusion3Pipeline"],
+    ),
+    "single file": (
+        lambda folder, model: {"pretrained_model_name_or_path": model / UNET},
+        [NAME, "single file", "from_single_file"],
+    ),
+    # broken parts
+    "no VAE": (broken(without("vae")), [NAME, "broken", "vae"]),
+    "UNet cut": (broken(cut(UNET)), [NAME, "broken", "unet"]),
+    "UNet for inpainting": (broken(nine_channels), [NAME, "broken", "9 channels"]),
+    "predicts samples": (broken(predict_samples), [NAME, "broken", "'sample'"]),
+    "no such variant": (given(variant="fp16"), [NAME, "fp16"]),
+    # packages that are there, unlike a GPU
+    "xformers without a GPU": (
+        given(enable_xformers_memory_efficient_attention=True),
+        ["--enable_xformers_memory_efficient_attention", "GPU"],
+    ),
+    "8-bit Adam without a GPU": (given(use_8bit_adam=True), ["--use_8bit_adam", "GPU"]),
+}
+
+
+def prepare(cases, folder_of, model):
+    """Makes the folders of cases; returns {case: (folder, flags)}."""
+    calls = {}
+    for name, (make, _) in cases.items():
+        folder = with_cat(folder_of())
+        calls[name] = folder, flags(**good_flags(folder, model) | make(folder, model))
+    return calls
+
+
+@pytest.fixture(scope="module")
+def answers(sd1, tmp_path_factory):
+    """How main ended for each case of DATA and MODEL and what it printed, and the files that it changed."""
+    packages = tmp_path_factory.mktemp("packages")
+    for package in ("xformers", "bitsandbytes"):
+        (packages / package).mkdir()
+        (packages / package / "__init__.py").write_text("")
+
+    def folder_of():
+        return tmp_path_factory.mktemp("case")
+
+    calls = prepare(DATA, folder_of, "model") | prepare(MODEL, folder_of, sd1)
+    before = {name: listing(folder) for name, (folder, _) in calls.items()}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{packages}"}
+    prefix = UNPRIVILEGED if shutil.which("setpriv") else []
+    found = in_one_process(calls, prefix, env=environment)
+    return {name: (found[name], listing(folder) ^ before[name]) for name, (folder, _) in calls.items()}
+
+
+def check_refused(answer, changes, words):
+    """SystemExit with one line, which Python prints, and exit status 1; nothing else printed, no file changed."""
+    ended = answer["ended"]
+    assert isinstance(ended, str) and ended.startswith("error: ") and ended.isprintable(), ended
+    assert [word for word in words if word not in ended] == [], ended
+    assert answer["printed"] == "" and changes == set()
+
+
+@pytest.mark.parametrize("case", DATA)
+def test_data(case, answers):
+    """Told before the model, which is not there, is looked for."""
+    if case in PERMISSIONS and os.geteuid() == 0 and not shutil.which("setpriv"):
+        pytest.skip("the root user may read and write everything")
+    check_refused(*answers[case], DATA[case][1])
+
+
+@pytest.mark.parametrize("case", MODEL)
+def test_model(case, answers):
+    check_refused(*answers[case], MODEL[case][1])
+
+
+@pytest.mark.parametrize("case", ["truncated picture", "key missing", "another pipeline"])
+def test_data_of_a_process(case, folder, sd1):
+    make, words = (DATA | MODEL)[case]
+    refuse(folder, make(folder, sd1), 1, words)
+
+
+def test_half_precision_without_a_gpu(folder, sd1):
+    """A process of its own: accelerate takes one precision a process."""
+    values = {"mixed_precision": "fp16", "pretrained_model_name_or_path": sd1}
+    refuse(folder, values, 1, ["--mixed_precision fp16", "cpu", "bf16"])
+
+
+# Packages
+
+
+PACKAGES = {
+    "xformers": {"enable_xformers_memory_efficient_attention": True},
+    "bitsandbytes": {"use_8bit_adam": True},
+    "comet_ml": {"report_to": "comet_ml"},
+    "wandb": {"report_to": "wandb"},
+    "tensorboard": {"report_to": "tensorboard"},
+}
+
+
+@pytest.fixture(scope="module")
+def without_packages(sd1, tmp_path_factory):
+    """How main ends where the packages are not installed that its flags ask for."""
+    folder = with_cat(tmp_path_factory.mktemp("without"))
+    (folder / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({list(PACKAGES)}))\n")
+    calls = {name: (folder, flags(**good_flags(folder, sd1) | values)) for name, values in PACKAGES.items()}
+    before = listing(folder)
+    found = in_one_process(calls, env=os.environ | {"PYTHONPATH": f"{ROOT}:{folder}"})
+    return found, {path for path in listing(folder) ^ before if "__pycache__" not in str(path)}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_package_is_not_installed(package, without_packages):
+    found, changes = without_packages
+    (flag,) = PACKAGES[package]
+    check_refused(found[package], changes, [f"--{flag}", f"pip install {package}"])
+
+
+def test_folder_named_like_a_package(folder, sd1):
+    """A folder in the working folder, such as wandb's own records, is no installed package."""
+    (folder / "xformers").mkdir()
+    values = {"enable_xformers_memory_efficient_attention": True, "pretrained_model_name_or_path": sd1}
+    refuse(folder, values, 1, ["pip install xformers"], env=os.environ | {"PYTHONPATH": str(folder)})
+
+
+# Versions: one line, before imports that would fail in their own ways
+
+
+REQUIREMENTS = {
+    requirement.name: requirement
+    for line in (ROOT / "requirements.txt").read_text().splitlines()
+    if line.split("#")[0].strip()
+    for requirement in [Requirement(line.split("#")[0].strip())]
+}
+CHECKED = ("torch", "diffusers", "transformers", "accelerate", "numpy", "Pillow")
+LOWEST = {
+    name: next(limit.version for limit in REQUIREMENTS[name].specifier if limit.operator == ">=") for name in CHECKED
+}
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """Function that starts Python without packages, but with metadata of the needed ones: lowest or given versions."""
+
+    def start(*words, **versions):
+        (tmp_path / "packaging").symlink_to(Path(packaging.__file__).parent)
+        for name, version in (LOWEST | versions).items():
+            if version:
+                (tmp_path / f"{name}-{version}.dist-info").mkdir()
+                content = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+                (tmp_path / f"{name}-{version}.dist-info" / "METADATA").write_text(content)
+        path = os.pathsep.join([str(tmp_path), str(ROOT)])
+        return run(sys.executable, "-S", *words, env=os.environ | {"PYTHONPATH": path})
+
+    return start
+
+
+REFUSED = [(name, None) for name in CHECKED] + [
+    ("torch", "2.5.1+cu124"),
+    ("diffusers", "0.34.0"),
+    ("transformers", "4.40.0"),
+    ("transformers", "6.0.0"),
+    ("accelerate", "0.34.2"),
+    ("accelerate", "2.0.0"),
+    ("numpy", "1.25.2"),
+    ("Pillow", "9.5.0"),
+]
+
+
+@pytest.mark.parametrize("name, version", REFUSED)
+def test_version_is_refused(name, version, bare):
+    process = bare(SCRIPT, *NEEDED, **{name: version})
+    (line,) = process.stderr.splitlines()
+    assert line.startswith(f"error: {name} {version or 'is not installed'}") and f">={LOWEST[name]}" in line
+    assert "pip install -r requirements.txt" in line
+    assert (process.returncode, process.stdout) == (1, "")
+
+
+ACCEPTED = {"lowest": {}, "later": {"torch": "2.13.0+cpu", "diffusers": "1.0.0.dev0", "transformers": "5.23.0rc1",
+            "accelerate": "1.15.0", "numpy": "10.0", "Pillow": "13.0.0"}}  # fmt: skip
+
+
+@pytest.mark.parametrize("versions", ACCEPTED.values(), ids=ACCEPTED)
+def test_version_is_accepted(versions, bare):
+    """The script goes on to its first import, for which nothing is there."""
+    last = bare(SCRIPT, *NEEDED, **versions).stderr.splitlines()[-1]
+    assert last.startswith("ModuleNotFoundError: No module named ")
+
+
+@pytest.mark.parametrize("words, status", [(["--help"], 0), (["--resolution=zero"], 2)])
+def test_arguments_need_no_packages(words, status, tmp_path):
+    process = run(sys.executable, "-S", SCRIPT, *words, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert process.returncode == status and "Traceback" not in process.stderr
+
+
+def test_version_in_a_notebook(bare):
+    """An import that fails, as a notebook survives it."""
+    process = bare("-c", "from train_custom_diffusion import main, parse_args", transformers="4.40.0")
+    assert process.stderr.splitlines()[-1].startswith("ImportError: transformers 4.40.0")
+
+
+def test_old_python(bare):
+    process = bare("-c", "import sys; sys.version_info = (3, 9); import train_custom_diffusion")
+    assert re.search(r"\nImportError: Python .*3\.10", process.stderr)
+
+
+def test_retrieve_without_packages():
+    process = run(sys.executable, "-S", ROOT / "retrieve.py", "--class_prompt=cat", "--class_data_dir=cats")
+    assert re.fullmatch(r"error: No module named '\w+'; pip install -r requirements\.txt\n", process.stderr), (
+        process.stderr
+    )
+    assert process.returncode == 1
+
+
+def test_retrieve_with_a_broken_datasets(tmp_path):
+    (tmp_path / "datasets.py").write_text("raise ImportError('pyarrow requires NumPy 2.0 or newer, found 1.26.4')")
+    words = flags(source="dataset", dataset="hub/set", class_prompt="cat", class_data_dir=tmp_path / "cats")
+    process = run(sys.executable, ROOT / "retrieve.py", *words, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    problem = "--dataset: pyarrow requires NumPy 2.0 or newer, found 1.26.4; pip install -r requirements.txt"
+    assert process.stderr == f"error: {problem}\n" and process.returncode == 1

@@ -1,0 +1,370 @@
+"""What a run leaves, opened with diffusers itself: weights in both formats, pictures, and the lines that load them.
+
+The run proves that its files load. Other parts of diffusers take the weights, too: merged into the UNet, for pictures
+made from pictures, for inpainting, offloaded and compiled.
+"""
+
+import copy
+import importlib.util
+import re
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoPipelineForImage2Image,
+    AutoPipelineForInpainting,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+)
+from launching import ROOT, finish, fork, python, secrets_in, start, train
+from models import EMBEDDED
+from observers import (
+    change_a_number,
+    change_the_unet,
+    drop_a_layer,
+    load_no_embedding,
+    load_nothing,
+    truncate_weights,
+)
+from PIL import Image
+from reading import (
+    RARE,
+    WEIGHTS,
+    base_weights,
+    check_loading,
+    check_weight_files,
+    distance,
+    fresh_pipeline,
+    load_as_a_user,
+    load_trained,
+    load_weights,
+    prediction,
+)
+from safetensors.torch import load_file
+
+KV = ("to_k.weight", "to_v.weight")
+
+
+def test_weight_files(trained, sd1):
+    check_weight_files(sd1, trained, ["<new1>"], KV)
+
+
+def test_weights_load_with_diffusers(trained, sd1):
+    assert importlib.util.find_spec("peft"), "with peft installed another loader of diffusers could step in"
+    check_loading(sd1, trained, "<new1>", "photo of a <new1> cat")
+
+
+def test_every_checkpoint_loads_like_the_result(trained, sd1):
+    check_loading(sd1, trained / "checkpoint-4", "<new1>", "photo of a <new1> cat")
+    check_weight_files(sd1, trained / "checkpoint-4", ["<new1>"], KV)
+
+
+def test_last_checkpoint_is_the_result(trained):
+    assert distance(load_trained(trained), load_trained(trained / "checkpoint-6")) == 0
+    assert distance(load_trained(trained), load_trained(trained / "checkpoint-4")) > 0
+
+
+def test_everything_trained_moves(trained, sd1):
+    """Each of the attention weights and the new word's row."""
+    weights = load_weights(trained)
+    for key, value in base_weights(sd1, weights).items():
+        assert not torch.equal(value, weights[key]), key
+    rows = fresh_pipeline(sd1).text_encoder.get_input_embeddings().weight
+    assert not torch.equal(load_file(trained / "<new1>.safetensors")["<new1>"], rows[42170])
+
+
+def test_checkpoint_is_small(trained, sd1):
+    """It holds what is trained, not the text encoder: less than a third of the embedding table."""
+    size = sum(file.stat().st_size for file in (trained / "checkpoint-6").rglob("*") if file.is_file())
+    assert size < 49408 * 32 * 4 / 3
+
+
+LABEL = 16  # pixels of the line of text above pictures of 64 pixels
+
+
+def validation_grids(folder):
+    """The validation's files by step, in order."""
+    files = sorted((folder / "validation").iterdir())
+    return {int(re.fullmatch(r"step-(\d+)\.png", file.name)[1]): np.asarray(Image.open(file), int) for file in files}
+
+
+def test_validation_pictures(trained):
+    """Before, at step 3 and at the end: a row of two pictures of 64 pixels each, below a line that says which step."""
+    grids = validation_grids(trained)
+    assert list(grids) == [0, 3, 6]
+    assert all(grid.shape == (LABEL + 64, 128, 3) for grid in grids.values())
+    labels, pictures = ([grid[part] for grid in grids.values()] for part in (slice(LABEL), slice(LABEL, None)))
+    for parts in (labels, pictures):
+        assert (parts[0] != parts[1]).any() and (parts[1] != parts[2]).any()
+    assert all(label.min() < 50 and np.median(label) == 255 for label in labels)  # dark on white
+
+
+def test_sheets_that_compare_steps(trained):
+    """before_after.png: first and last grid below each other; steps.png: the first picture of each step."""
+    before, middle, after = validation_grids(trained).values()
+    assert (np.asarray(Image.open(trained / "before_after.png")) == np.concatenate([before, after])).all()
+    strip = np.concatenate([grid[:, :64] for grid in (before, middle, after)], 1)
+    assert (np.asarray(Image.open(trained / "steps.png")) == strip).all()
+
+
+def test_first_validation_shows_the_base_model(trained, sd1):
+    """Made here with diffusers alone: the word's row is the initializer's, DPM-Solver++ takes 25 steps."""
+    pipeline = fresh_pipeline(sd1)
+    row = pipeline.tokenizer.convert_tokens_to_ids(RARE + "</w>")
+    table = pipeline.text_encoder.get_input_embeddings().weight.data
+    table[row] = table[42170]
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    prompt, generator = f"a {RARE} cat in a bucket", torch.Generator().manual_seed(42)
+    pictures = pipeline(
+        prompt, num_images_per_prompt=2, num_inference_steps=25, height=64, width=64, generator=generator
+    ).images
+    expected = np.concatenate([np.asarray(picture, int) for picture in pictures], 1)
+    assert np.abs(validation_grids(trained)[0][LABEL:] - expected).max() <= 2
+
+
+def test_final_pictures(trained):
+    """image_0.png, image_1.png: the same as the last validation, here from the files on disk."""
+    pictures = [np.asarray(Image.open(trained / f"image_{i}.png"), int) for i in range(2)]
+    assert np.abs(np.concatenate(pictures, 1) - validation_grids(trained)[6][LABEL:]).max() <= 2
+    assert not (trained / "image_2.png").exists()
+
+
+def test_secrets_are_in_no_file(trained):
+    """Tokens of the hub and of trackers, as a flag and in the environment."""
+    assert len(list(trained.rglob("*"))) > 10
+    assert secrets_in(trained) == []
+
+
+@pytest.fixture(scope="session")
+def bin_only(cat_flags, tmp_path_factory):
+    """No new word, class pictures of a plain folder, only .bin files."""
+    flags = cat_flags | {
+        "modifier_token": None,
+        "instance_prompt": "photo of a cat",
+        "class_data_dir": cat_flags["cwd"] / "cats",
+        "no_safe_serialization": True,
+        "max_train_steps": 2,
+        "checkpointing_steps": 2,
+    }
+    return train(tmp_path_factory.mktemp("runs") / "bin_only", **flags)
+
+
+def test_bin_only(bin_only, sd1):
+    """No .safetensors anywhere, no embedding file; the one weight file loads and differs from the base model."""
+    assert not list(bin_only.rglob("*.safetensors"))
+    assert {file.name for file in bin_only.glob("*.bin")} == {f"{WEIGHTS}.bin"}
+    weights = torch.load(bin_only / f"{WEIGHTS}.bin", weights_only=True)
+    pipeline = fresh_pipeline(sd1)
+    base = prediction(pipeline, "photo of a cat")
+    own = pipeline.unet.state_dict()
+    for key, value in weights.items():
+        if len(value):
+            own[key.replace("processor.", "").replace("_custom_diffusion", "")].copy_(value)
+    expected = prediction(pipeline, "photo of a cat")
+    assert (expected - base).abs().max() > 1e-3
+    for folder in (bin_only, bin_only / "checkpoint-2"):
+        found = prediction(load_as_a_user(sd1, folder, [], "bin"), "photo of a cat")
+        assert (found - expected).abs().max() < 1e-5
+
+
+@pytest.fixture(scope="session")
+def embedded(world, tmp_path_factory):
+    """The embedded model at its own resolution."""
+    return train(
+        tmp_path_factory.mktemp("runs") / "embedded",
+        launcher="accelerate",
+        pretrained_model_name_or_path=EMBEDDED,
+        instance_data_dir=world / "my_cat",
+        instance_prompt="photo of a <new1> cat",
+        modifier_token="<new1>",
+        initializer_token="cat",
+        validation_prompt="photo of a <new1> cat",
+        num_validation_images=1,
+        resolution=128,
+        max_train_steps=3,
+        learning_rate=5e-3,
+    )
+
+
+def test_embedded_model(embedded):
+    check_weight_files(EMBEDDED, embedded, ["<new1>"], KV)
+    check_loading(EMBEDDED, embedded, "<new1>", "photo of a <new1> cat")
+
+
+def test_embedded_model_changes_the_picture(embedded):
+    """The picture before the first step against the final one."""
+    before = validation_grids(embedded)[0][-128:]
+    after = np.asarray(Image.open(embedded / "image_0.png"), int)
+    assert before.shape == after.shape == (128, 128, 3)
+    assert np.abs(before - after).mean() > 2
+
+
+def test_printed_snippet_works(embedded, tmp_path):
+    """The last lines of a run say how to use it; they run as printed."""
+    printed = (embedded / "stdout.txt").read_text()
+    _, _, snippet = printed.partition("To use it:\n")
+    assert "load_attn_procs" in snippet
+    python(snippet, cwd=tmp_path)
+    (picture,) = tmp_path.glob("*.png")
+    assert Image.open(picture).size == (128, 128)
+
+
+@pytest.mark.gpu
+def test_validation_on_a_gpu(one_concept, tmp_path):
+    """Grids before, between and after, final pictures from the reloaded files, and none of them black."""
+    values = {"mixed_precision": "fp16", "validation_prompt": "a <new1> cat", "validation_steps": 2}
+    values |= {"pretrained_model_name_or_path": EMBEDDED, "resolution": 128, "max_train_steps": 4}
+    folder = train(tmp_path / "run", **one_concept | values)
+    grids = validation_grids(folder)
+    assert list(grids) == [0, 2, 4]
+    finals = [np.asarray(Image.open(folder / f"image_{i}.png")) for i in range(2)]
+    assert all(picture[-128:].std() > 1 for picture in [*grids.values(), *finals])
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTATION = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+
+
+def test_documented_snippets_load_the_weights():
+    """Every documented line that loads attention weights gives the pipeline, too: without it nothing loads."""
+    lines = [line for line in DOCUMENTATION.splitlines() if "load_attn_procs(" in line]
+    calls = [line for line in lines if not line.lstrip().startswith(("#", "-", "|", ">"))]
+    assert calls
+    assert [line for line in calls if "weight_name" in line and "_pipeline=" not in line] == []
+
+
+# The save proves itself
+
+
+@pytest.fixture(scope="module")
+def proof_flags(one_concept):
+    """Two steps, and a final picture."""
+    values = {"max_train_steps": 2, "learning_rate": 1e-2, "validation_steps": 100, "num_validation_images": 1}
+    return one_concept | values | {"validation_prompt": "a <new1> cat"}
+
+
+@pytest.fixture(scope="module")
+def saved(proof_flags, tmp_path_factory):
+    """Such a run with nothing happening to it."""
+    return fork(tmp_path_factory.mktemp("runs") / "run", **proof_flags)
+
+
+SABOTAGES = [truncate_weights, change_a_number, drop_a_layer, load_nothing, change_the_unet, load_no_embedding]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sabotage", SABOTAGES, ids=lambda function: function.__name__)
+def test_save_proves_itself(sabotage, proof_flags, saved, tmp_path):
+    """Fails with one line, without final pictures, and what was trained is still there."""
+    folder = tmp_path / "run"
+    said = finish(start(folder, observer=sabotage, **proof_flags), folder, status=1)
+    assert said.splitlines()[-1].startswith("error: ") and str(folder) in said.splitlines()[-1], said
+    assert "Traceback" not in said and "Saved to" not in said
+    assert not list(folder.glob("image_*.png"))
+    for name in (f"{WEIGHTS}.bin", "<new1>.bin"):
+        assert (folder / name).read_bytes() == (saved / name).read_bytes()
+
+
+# Other parts of diffusers
+
+
+PROMPT = "photo of a <new1> cat on the beach"
+PICTURE = ROOT / "assets" / "instance" / "pot" / "0.png"
+MERGING = re.search(r"^for name, value in load_file.*?(?=^pipeline\.)", DOCUMENTATION, re.DOTALL | re.MULTILINE)[0]
+
+
+@pytest.fixture(scope="module", params=["crossattn_kv", "crossattn"])
+def weights(request, tmp_path_factory):
+    """A run of the embedded model that moved the weights far."""
+    folder = tmp_path_factory.mktemp("runs") / request.param
+    values = {"freeze_model": request.param, "resolution": 128, "learning_rate": 1e-2, "max_train_steps": 3}
+    values |= {"instance_prompt": "photo of a <new1> cat", "modifier_token": "<new1>", "initializer_token": "yellow"}
+    pictures = ROOT / "assets" / "instance" / "cat"
+    return fork(folder, pretrained_model_name_or_path=EMBEDDED, instance_data_dir=pictures, **values)
+
+
+@pytest.fixture(scope="module")
+def loaded(weights):
+    """As the documentation loads them."""
+    pipeline = fresh_pipeline(EMBEDDED)
+    pipeline.unet.load_attn_procs(weights, weight_name=f"{WEIGHTS}.safetensors", _pipeline=pipeline)
+    pipeline.load_textual_inversion(weights, weight_name="<new1>.safetensors")
+    return with_quick_sampler(pipeline)
+
+
+@pytest.fixture(scope="module")
+def merged(weights):
+    """As the documented lines merge them."""
+    pipeline = fresh_pipeline(EMBEDDED)
+    exec(MERGING, {"pipeline": pipeline, "weights": str(weights), "load_file": load_file})
+    pipeline.load_textual_inversion(weights, weight_name="<new1>.safetensors")
+    return with_quick_sampler(pipeline)
+
+
+def with_quick_sampler(pipeline):
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    return pipeline
+
+
+def draw(pipeline, **options):
+    """One picture of the prompt in a few steps, as an array."""
+    options = {"num_inference_steps": 4, "generator": torch.Generator().manual_seed(0)} | options
+    return np.asarray(pipeline(PROMPT, **options).images[0], int)
+
+
+def test_merged_is_exact(weights, loaded, merged):
+    """Every number is in its place, none other has changed, and the prediction is the same."""
+    base, found = fresh_pipeline(EMBEDDED).unet.state_dict(), merged.unet.state_dict()
+    trained = {key: value for key, value in load_file(weights / f"{WEIGHTS}.safetensors").items() if value.numel()}
+    changed = {key for key in base if not torch.equal(base[key], found[key])}
+    expected = {re.sub(r"\.processor\.(to_\w+)_custom_diffusion", r".\1", key): key for key in trained}
+    assert changed == expected.keys() and len(changed) == len(trained)
+    assert all(torch.equal(found[own], trained[key]) for own, key in expected.items())
+    of_merged, of_loaded, of_base = (prediction(p, PROMPT) for p in (merged, loaded, fresh_pipeline(EMBEDDED)))
+    assert (of_merged - of_loaded).abs().max() < 1e-5 < (of_merged - of_base).abs().max()
+
+
+def test_merged_is_a_plain_model(merged, tmp_path):
+    """It has diffusers' own attention, and saved it loads as a model that knows the word."""
+    assert {type(processor).__name__ for processor in merged.unet.attn_processors.values()} == {"AttnProcessor2_0"}
+    merged.save_pretrained(tmp_path)
+    again = StableDiffusionPipeline.from_pretrained(tmp_path, safety_checker=None)
+    again.set_progress_bar_config(disable=True)
+    assert (draw(again) == draw(merged)).all()
+
+
+def test_other_pipelines(loaded, merged):
+    """Image to image and inpainting from the same components: the trained networks draw, in the places they should."""
+    picture, mask = Image.open(PICTURE).convert("RGB"), Image.new("L", (128, 128), 0)
+    mask.paste(255, (0, 0, 128, 64))
+    base = with_quick_sampler(fresh_pipeline(EMBEDDED))
+    for other, options in (
+        (AutoPipelineForImage2Image, {"image": picture, "strength": 0.8}),
+        (AutoPipelineForInpainting, {"image": picture, "mask_image": mask}),
+    ):
+        pipelines = [other.from_pipe(pipeline) for pipeline in (loaded, merged, base)]
+        assert pipelines[0].unet is loaded.unet
+        for pipeline in pipelines:
+            pipeline.set_progress_bar_config(disable=True)
+        found, same, before = (draw(pipeline, **options) for pipeline in pipelines)
+        assert np.abs(found - same).max() <= 2  # the attention kernels round differently
+        assert np.abs(found - before).mean() > 2
+    assert np.abs(found - np.asarray(picture))[72:].mean() < 10 < np.abs(found - np.asarray(picture))[:56].mean()
+
+
+def test_model_offload(loaded):
+    """Its hooks, here with a CPU in the GPU's place, take the trained weights along; without a GPU it is refused."""
+    pipeline = copy.deepcopy(loaded)
+    with pytest.raises(RuntimeError, match="requires accelerator"):
+        pipeline.enable_model_cpu_offload()
+    pipeline.enable_model_cpu_offload(device="cpu")
+    assert (draw(pipeline) == draw(loaded)).all()
+
+
+def test_merged_compiles(merged):
+    """torch.compile takes the merged UNet in one graph, and it predicts the same; without the generation of code."""
+    expected = prediction(merged, PROMPT)
+    compiled = copy.copy(merged)
+    compiled.unet = torch.compile(merged.unet, fullgraph=True, backend="aot_eager")
+    assert (prediction(compiled, PROMPT) - expected).abs().max() < 1e-4

@@ -1,0 +1,376 @@
+"""What the trackers and the hub are told, and trackers and hubs that can't be reached.
+
+One run of two processes reports to all trackers, without a network; the configuration that it logged is enough to
+repeat it. --push_to_hub and base models from the hub run against a hub on loopback (hub.py).
+"""
+
+import io
+import json
+import os
+import shlex
+import struct
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import accelerate
+import numpy as np
+import pytest
+import torch
+import yaml
+from hub import Hub
+from launching import (
+    FAST,
+    ROOT,
+    SCRIPT,
+    SECRET,
+    SECRETS,
+    flags,
+    fork,
+    in_one_process,
+    run,
+    secrets_in,
+    train,
+)
+from packaging.version import Version
+from PIL import Image
+from reading import WEIGHTS, load_trained, same_bits
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from wandb.proto.wandb_internal_pb2 import Record
+
+# Trackers, read back from what the real ones write without a network
+
+
+STEPS, VALIDATED = [1, 2, 3, 4], [0, 2, 4]
+NO_FLAGS = {"num_processes", "accelerate_version", "diffusers_version", "torch_version", "transformers_version"}
+OFFLINE = {"WANDB_MODE": "offline", "COMET_START_ONLINE": "False"}
+COMET_OFFLINE = Version(accelerate.__version__) >= Version("1.6")  # before, its tracker knew no offline experiments
+
+
+@pytest.fixture(scope="module")
+def tracked(one_real_concept, tmp_path_factory):
+    """Two processes that report to all trackers; the precision is accelerate's to say."""
+    folder = tmp_path_factory.mktemp("tracked")
+    values = {
+        "report_to": "all",
+        "max_train_steps": 4,
+        "validation_prompt": "a <new1> cat in a bucket",
+        "validation_steps": 2,
+        "scale_lr": True,
+        "learning_rate": 2.5e-3,
+    }
+    env = os.environ | SECRETS | OFFLINE | {"ACCELERATE_MIXED_PRECISION": "bf16"}
+    if not COMET_OFFLINE:  # it is not there, then
+        (folder / "sitecustomize.py").write_text("import sys\nsys.modules['comet_ml'] = None\n")
+        env["PYTHONPATH"] = str(folder)
+    return train(folder / "run", launcher="torchrun", cwd=folder, env=env, **one_real_concept | values)
+
+
+@pytest.fixture(scope="module")
+def config(tracked):
+    """What tensorboard's tracker was told of the run."""
+    (file,) = (tracked / "logs").rglob("hparams.yml")
+    return yaml.safe_load(file.read_text())
+
+
+def check_scalars(loss, lr):
+    """Pairs of a step and its value: each step once and in order, the learning rate scaled."""
+    assert [step for step, _ in loss] == [step for step, _ in lr] == STEPS
+    assert all(0 < value < 100 for _, value in loss)
+    # 0.0025 x accumulation 1 x batch 1 x processes 2 x 2 for prior preservation
+    assert [value for _, value in lr] == pytest.approx([0.01] * 4, rel=1e-6)
+
+
+def check_pictures(folder, pictures):
+    """Pictures of each step, from left to right, against the pixels below the label in output_dir/validation."""
+    assert sorted(pictures) == VALIDATED
+    for step, images in pictures.items():
+        expected = np.asarray(Image.open(folder / "validation" / f"step-{step:06d}.png"))[-64:]
+        assert np.array_equal(np.concatenate([np.asarray(image.convert("RGB")) for image in images], 1), expected)
+
+
+def test_tensorboard(tracked, config):
+    main, hparams = sorted((tracked / "logs").rglob("events.out.tfevents.*"), key=lambda file: len(file.parts))
+    log = EventAccumulator(str(main), size_guidance={"scalars": 0, "images": 0}).Reload()
+    check_scalars(*([(event.step, event.value) for event in log.Scalars(tag)] for tag in ("loss", "lr")))
+    events = log.Images("validation")
+    assert [event.step for event in events] == VALIDATED
+    check_pictures(tracked, {e.step: [Image.open(io.BytesIO(e.encoded_image_string))] for e in events})
+    content = EventAccumulator(str(hparams)).Reload().PluginTagToContent("hparams")["_hparams_/session_start_info"]
+    values = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert {name: getattr(value, value.WhichOneof("kind")) for name, value in values.items()} == config
+
+
+def wandb_records(file):
+    """Records of a .wandb file: blocks of 32 KiB of pieces, each after 7 bytes of checksum, length and kind."""
+    content, place, record = file.read_bytes(), 7, b""  # after the file's own 7 bytes
+    while place < len(content):
+        if 2**15 - place % 2**15 < 7:  # no room for a piece: the block's padding
+            place += 2**15 - place % 2**15
+            continue
+        length, kind = struct.unpack_from("<HB", content, place + 4)
+        record, place = record + content[place + 7 : place + 7 + length], place + 7 + length
+        if kind in (1, 4):  # whole, or the last piece
+            yield Record.FromString(record)
+            record = b""
+
+
+def wandb_values(items):
+    """Their keys, joined by a dot where nested, and values."""
+    return {".".join([*item.nested_key] or [item.key]): json.loads(item.value_json) for item in items}
+
+
+def test_wandb(tracked, config):
+    """One run, of the main process; nothing that was logged for a step came too late for it."""
+    (folder,) = tracked.glob("wandb/offline-run-*")
+    (file,) = folder.glob("*.wandb")
+    records = list(wandb_records(file))
+    settings = wandb_values(item for record in records for item in record.config.update)
+    assert {name: value for name, value in settings.items() if not name.startswith("_wandb")} == config
+    rows = [wandb_values(record.history.item) for record in records if record.WhichOneof("record_type") == "history"]
+    assert [row["_step"] for row in rows] == [0, *STEPS]
+    check_scalars(*([(row["_step"], row[tag]) for row in rows if tag in row] for tag in ("loss", "lr")))
+    files = {row["_step"]: row["validation.filenames"] for row in rows if "validation.filenames" in row}
+    check_pictures(tracked, {step: [Image.open(folder / "files" / name) for name in files[step]] for step in files})
+
+
+@pytest.mark.skipif(not COMET_OFFLINE, reason="needs accelerate 1.6")
+def test_comet_ml(tracked):
+    """Loss and learning rate, in one archive of the main process, in the run's folder."""
+    (file,) = (tracked / "logs").glob("*.zip")
+    with zipfile.ZipFile(file) as archive:
+        messages = [json.loads(line) for line in archive.read("messages.json").splitlines()]
+    metrics = [message["payload"]["metric"] for message in messages if message["type"] == "metric_msg"]
+    found = {
+        name: [(m["step"], m["metricValue"]) for m in metrics if m["metricName"] == name] for name in ("loss", "lr")
+    }
+    check_scalars(found["loss"], found["lr"])
+
+
+def test_no_tracker_is_told_a_secret(tracked):
+    """Keys of the environment, in the files and in what is packed into comet_ml's archive."""
+    assert secrets_in(tracked) == []
+    archives = list(tracked.rglob("*.zip"))
+    assert len(archives) == COMET_OFFLINE
+    for file in archives:
+        with zipfile.ZipFile(file) as archive:
+            contents = {name: archive.read(name) for name in archive.namelist()}
+        assert contents
+        for secret in SECRETS.values():
+            assert [name for name, content in contents.items() if secret.encode() in content] == []
+
+
+def test_logged_configuration_repeats_the_run(tracked, config, tmp_path):
+    """As flags it gives the same bits again. Without a tracker there is nothing of one."""
+    assert config["mixed_precision"] == "bf16" and "hub_token" not in config and None not in config.values()
+    values = {name: value for name, value in config.items() if name not in NO_FLAGS}
+    assert len(values) == len(config) - len(NO_FLAGS)
+    values |= {"output_dir": tmp_path / "run", "report_to": "none"}
+    # in a working folder where trackers might leave something, too
+    fork(tmp_path / "run", processes=config["num_processes"], cwd=tmp_path, **values)
+    assert same_bits(load_trained(tmp_path / "run"), load_trained(tracked))
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "run.log0", "run.log1"}
+    left = {path.name for path in tracked.iterdir()} - {path.name for path in (tmp_path / "run").iterdir()}
+    assert left == {"logs", "wandb", "stdout.txt", "stderr.txt"}
+
+
+CASES = {  # --report_to, words of the error
+    "wandb without a login": ("wandb", ["wandb", "WANDB_MODE=offline"]),
+    "tensorboard without a folder": ("tensorboard", ["run/logs"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tracker_that_cannot_start(case, one_concept, tmp_path):
+    """No login, a folder that is a file: one line before the training says so."""
+    report_to, words = CASES[case]
+    env = {"HOME": str(tmp_path), "WANDB_MODE": None, "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    if report_to == "tensorboard":
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "logs").touch()
+    fork(tmp_path / "run", status=1, env=env, report_to=report_to, max_train_steps=1, **one_concept)
+    said = (tmp_path / "run.log").read_text()
+    lines = [line for line in said.splitlines() if not line.startswith("wandb: ")]
+    assert len(lines) == 1 and lines[0].startswith(f"error: --report_to {report_to}"), said
+    assert [word for word in words if word not in lines[0]] == []
+    assert not list((tmp_path / "run").glob("*.safetensors"))
+
+
+# The hub
+
+
+HF = Path(sys.executable).with_name("hf")
+USER = Path(__file__).with_name("use_from_hub.py")
+BASE, REPOSITORY = "tester/tiny-sd", "tester/my-cat"
+PROMPT = """a "<new1>" cat: 'naïve' #1 \N{CAT FACE} {x}"""
+INSTANCE_PROMPT = """- "photo": a <new1> cat's \N{CAT FACE} #1"""
+RESULT = {f"{name}.{ending}" for name in (WEIGHTS, "<new1>") for ending in ("safetensors", "bin")}
+
+
+@pytest.fixture(scope="module")
+def pushed(sd1, one_concept, tmp_path_factory):
+    """A run with a base model of the hub, pushed into a repository that is there already: the hub and the folder."""
+    folder = tmp_path_factory.mktemp("pushed")
+    out, old = folder / "my-cat", folder / "old"
+    for file in ("old/README.md", "old/<new1>.bin", "old/notes.md", "my-cat/train.log", "my-cat/wandb/run/logs.bin"):
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_bytes(b"\0of an earlier run" if file.endswith("bin") else b"of an earlier run")
+    (out / ".<old>.bin.unfinished").write_bytes(b"left by a run that was killed")
+    with Hub() as hub:
+        for repository, files in ((BASE, sd1), (REPOSITORY, old)):
+            process = run(HF, "upload", repository, files, env=hub.environment(HF_TOKEN=SECRET))
+            assert process.returncode == 0, process.stderr
+        values = {"pretrained_model_name_or_path": BASE, "revision": "main"}
+        values |= {"instance_prompt": INSTANCE_PROMPT, "validation_prompt": PROMPT}
+        train(
+            out,
+            env=hub.environment(),
+            push_to_hub=True,
+            hub_token=SECRET,
+            checkpointing_steps=1,
+            report_to="tensorboard",
+            **one_concept | values,
+        )
+        yield hub, out
+        assert hub.unknown == []
+
+
+def card_of(content):
+    """Metadata and text of a model card."""
+    _, metadata, text = content.decode().split("---\n", 2)
+    return yaml.safe_load(metadata), text
+
+
+def test_uploads_the_result_alone(pushed):
+    """Weights, embeddings, final pictures and card, as they are on the disk; what else lies there stays there."""
+    hub, out = pushed
+    files = hub.files(REPOSITORY)
+    assert files.pop("notes.md") == b"of an earlier run"  # what was in the repository stays
+    pictures = {"image_0.png", "image_1.png", "before_after.png", "steps.png"}
+    assert files.keys() == RESULT | {"README.md"} | pictures
+    assert all(content == (out / name).read_bytes() for name, content in files.items())
+    assert hub.writers == {SECRET} and not any(SECRET.encode() in content for content in files.values())
+    assert f"Uploaded to {hub.url}/{REPOSITORY}\n" in (out / "stdout.txt").read_text()
+    assert len(hub.repositories[REPOSITORY]) == 3  # made, the old files, the result
+
+
+def test_model_card(pushed):
+    hub, out = pushed
+    metadata, text = card_of(hub.files(REPOSITORY)["README.md"])
+    assert metadata["license"] == "creativeml-openrail-m" and metadata["base_model"] == BASE
+    assert metadata["instance_prompt"] == INSTANCE_PROMPT
+    assert set(metadata["tags"]) == {"text-to-image", "diffusers", "stable-diffusion", "custom-diffusion"}
+    names = ["image_0.png", "image_1.png"]
+    assert metadata["widget"] == [{"text": PROMPT, "output": {"url": name}} for name in names]
+    assert f"`{PROMPT}`:\n\n![](./image_0.png) ![](./image_1.png)" in text
+    assert f"`{BASE}`, trained on pictures of `{INSTANCE_PROMPT}`." in text
+
+
+def test_loads_from_the_hub(pushed, tmp_path):
+    """As in the guide, with no token and nothing cached: from the card to a picture, the same as from the folder."""
+    hub, out = pushed
+    env = hub.environment(HF_HOME=str(tmp_path / "home"), PYTHONPATH=str(ROOT))
+    process = run(sys.executable, USER, REPOSITORY, out, BASE, cwd=tmp_path, env=env)
+    assert process.returncode == 0, process.stderr
+    *used, plain = torch.load(tmp_path / "used.pt", weights_only=True)
+    pictures = [one.pop("image") for one in used]
+    trained = load_trained(out)
+    assert len(trained) > 2 and all(same_bits(one, trained) for one in used)
+    assert all(torch.equal(picture, pictures[0]) for picture in pictures)
+    assert (pictures[0] - plain["image"]).abs().max() > 0.01
+
+
+LOOK = """
+from train_custom_diffusion import attention_state_dict
+row = pipeline.text_encoder.get_input_embeddings().weight[-1].detach()
+torch.save(attention_state_dict(pipeline.unet) | {"<new1>": row}, "used.pt")
+"""
+
+
+def test_snippet_of_the_card_works(pushed, tmp_path):
+    """Pasted as it is; only the 100 steps are fewer here."""
+    hub, out = pushed
+    _, text = card_of(hub.files(REPOSITORY)["README.md"])
+    snippet = text.split("```python\n")[1].split("```")[0]
+    assert f"from_pretrained('{BASE}', revision='main')" in snippet and f"pipeline({PROMPT!r}, " in snippet
+    env = hub.environment(HF_HOME=str(tmp_path / "home"), PYTHONPATH=str(ROOT))
+    process = run(sys.executable, "-c", snippet.replace("=100", "=2") + LOOK, cwd=tmp_path, env=env)
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / "picture.png").is_file()
+    assert same_bits(torch.load(tmp_path / "used.pt", weights_only=True), load_trained(out))
+
+
+def test_failed_upload(two_real_concepts, sd1, tmp_path):
+    """All but the upload is done, and the answer, which repeats the token, is told without it.
+
+    The command that the error names then uploads the result, and that alone.
+    """
+    out = tmp_path / "my out"
+    folders = {name: str(tmp_path / name) for name in ("HF_HOME", "TMPDIR")}
+    (tmp_path / "TMPDIR").mkdir()
+    values = {"push_to_hub": True, "hub_token": SECRET, "report_to": "tensorboard"}
+    values |= {"resolution": 64, "max_train_steps": 1, "checkpointing_steps": 1, "hub_model_id": "my-things"}
+    with Hub(refused="/commit/") as hub:
+        words = flags(**two_real_concepts | values, output_dir=out)
+        process = run(sys.executable, SCRIPT, *words, env=hub.environment(**SECRETS, **folders))
+        assert process.returncode == 1 and "Traceback" not in process.stderr
+        assert "no to Bearer ***, see" in process.stderr and "token=***" in process.stderr
+        assert all((out / name).exists() for name in (f"{WEIGHTS}.safetensors", "checkpoint-1", "logs"))
+        assert secrets_in(tmp_path, process.stdout, process.stderr) == []
+        assert hub.files("tester/my-things") == {} and hub.asked.count("POST /api/repos/create") == 1
+
+        hub.refused = "$^"
+        (error,) = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
+        command = error.partition("; later: ")[2]
+        assert shlex.split(command)[:4] == ["hf", "upload", "tester/my-things", str(out)]
+        env = hub.environment(**SECRETS, **folders, PATH=f"{HF.parent}:/usr/bin:/bin")
+        subprocess.run(command, shell=True, env=env, cwd=tmp_path, check=True, capture_output=True)
+        files = hub.files("tester/my-things")
+        names = {f"{name}.{ending}" for name in (WEIGHTS, "<New1>", "<new2>") for ending in ("safetensors", "bin")}
+        assert files.keys() == names | {"README.md"}
+        assert all(content == (out / name).read_bytes() for name, content in files.items())
+
+        # a base model that is a folder is none for the hub; the text names it
+        metadata, text = card_of(files["README.md"])
+        assert "base_model" not in metadata and "widget" not in metadata and f"`{sd1}`" in text
+        assert metadata["instance_prompt"] == "photo of a <New1> cat, photo of a <new2> pot"
+        assert "`photo of a <New1> cat`, `photo of a <new2> pot`" in text and "image_" not in text
+        assert "pipeline('photo of a <New1> cat', " in text
+        assert hub.unknown == []
+
+
+def test_refused_repository(one_concept, tmp_path):
+    """Told before training, and the token is in no exception; so if the token is in the environment, too."""
+    values = FAST | one_concept | {"push_to_hub": True, "output_dir": tmp_path / "out"}
+    ways = {
+        "a token": {"hub_token": SECRET, "hub_model_id": "my-cat"},
+        "the environment's": {"hub_model_id": "my-cat"},
+        "a wrong token": {"hub_token": "hf_wrong", "hub_model_id": "my-cat"},
+        "a wrong name": {"hub_model_id": "my cat"},
+    }
+    calls = {name: (tmp_path, flags(**values | way)) for name, way in ways.items()}
+    with Hub(refused="/api/repos/create") as hub:
+        env = hub.environment(HF_TOKEN=SECRETS["HF_TOKEN"], PYTHONPATH=str(ROOT))
+        answers = in_one_process(calls, env=env)
+    for name, reason in {
+        "a token": "no to Bearer ***",
+        "the environment's": "no to Bearer ***",
+        "a wrong token": "Invalid credentials in Authorization header",
+        "a wrong name": "Repo id must",
+    }.items():
+        ended = answers[name]["ended"]
+        assert ended.startswith("error: --push_to_hub") and ways[name]["hub_model_id"] in ended and reason in ended
+        assert "Training" not in answers[name]["printed"]
+    assert secrets_in(json.dumps(answers)) == [] and not (tmp_path / "out").exists()
+
+
+def test_unreachable_hub_stops_before_training(one_concept, tmp_path):
+    with Hub() as hub:
+        env = hub.environment(HF_ENDPOINT="http://127.0.0.1:9")
+    values = one_concept | {"push_to_hub": True, "hub_model_id": "my-cat", "hub_token": SECRET}
+    words = flags(**values, output_dir=tmp_path / "out", resolution=64, max_train_steps=1, report_to="none")
+    process = run(sys.executable, SCRIPT, *words, env=env)
+    assert process.returncode == 1 and "--push_to_hub my-cat" in process.stderr
+    assert "Traceback" not in process.stderr and "Training" not in process.stdout
