@@ -27,7 +27,7 @@ def pipelines(model, device, dtype):
     """{"loaded": pipeline, "merged": pipeline} with the same weights, which differ from the model's own."""
     found = {name: StableDiffusionPipeline.from_pretrained(model) for name in ("trained", "loaded", "merged")}
     trained = found.pop("trained")
-    trainer.add_attention_processors(trained.unet, "crossattn_kv", use_xformers=False)
+    trainer.add_attention_processors(trained.unet, "crossattn_kv")
     for name, parameter in trained.unet.named_parameters():
         if "custom_diffusion" in name:
             parameter.data.mul_(1.1)

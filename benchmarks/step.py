@@ -252,12 +252,13 @@ class Worker:
         trainer, build_models = self.trainer, self.trainer.build_models
         start_accelerator, init = trainer.start_accelerator, trainer.Checkpoints.__init__
 
-        def built(*args):
-            model, vae, noise_scheduler = build_models(*args)
+        def built(args, accelerator, pipeline, *ids):
+            model = build_models(args, accelerator, pipeline, *ids)
+            pipeline.vae.encode = self.timed("VAE", pipeline.vae.encode)
             if not compiled:  # compiled, there is one forward
                 model.text_encoder.forward = self.timed("text encoder", model.text_encoder.forward)
                 model.unet.forward = self.timed("UNet forward", model.unet.forward)
-            return model, vae, noise_scheduler
+            return model
 
         def started(args):
             accelerator = start_accelerator(args)
@@ -271,9 +272,8 @@ class Worker:
 
         trainer.build_models, trainer.start_accelerator = built, started
         trainer.Checkpoints.__init__ = initialized
-        trainer.AutoencoderKL.encode = self.timed("VAE", trainer.AutoencoderKL.encode)
-        trainer.Draws.__getitem__ = self.timed("data", trainer.Draws.__getitem__)
-        trainer.collate = self.timed("data", trainer.collate)
+        dataset_class = trainer.CustomDiffusionDataset
+        dataset_class.__getitem__ = self.timed("data", dataset_class.__getitem__)
         optimizer_class = trainer.torch.optim.AdamW
         optimizer_class.step = self.timed("optimizer", optimizer_class.step)
         optimizer_class.zero_grad = self.timed("optimizer", optimizer_class.zero_grad)
@@ -365,14 +365,14 @@ def use_the_usual(trainer):
 
     build_models = trainer.build_models
 
-    def usual_models(args, accelerator, token_ids, initializer_ids):
-        model, vae, noise_scheduler = build_models(args, accelerator, [], [])
+    def usual_models(args, accelerator, pipeline, token_ids, initializer_ids):
+        model = build_models(args, accelerator, pipeline, [], [])
         encoder = model.text_encoder.float()  # its whole table is trained
         encoder.resize_token_embeddings(token_ids[-1] + 1, mean_resizing=False)
         table = encoder.get_input_embeddings().requires_grad_(True).weight
         table.data[token_ids] = table.data[initializer_ids]
-        vae.to(memory_format=torch.contiguous_format).disable_slicing()
-        return model, vae, noise_scheduler
+        pipeline.vae.to(memory_format=torch.contiguous_format).disable_slicing()
+        return model
 
     def usual_optimizer(args, parameters, samples_per_step):
         betas = (args.adam_beta1, args.adam_beta2)
@@ -386,7 +386,7 @@ def use_the_usual(trainer):
             timesteps = timesteps.to(latents.device)
             prediction = model(noise_scheduler.add_noise(latents, noise, timesteps), timesteps, batch["input_ids"])
             (instance, prior), (target, prior_target) = prediction.chunk(2), noise.chunk(2)
-            mask = batch["mask"].chunk(2)[0]
+            mask = batch["mask"]
             loss = F.mse_loss(instance.float(), target.float(), reduction="none")
             loss = ((loss * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3))).mean()
             loss = loss + args.prior_loss_weight * F.mse_loss(prior.float(), prior_target.float())

@@ -62,9 +62,9 @@ def remove(file):
 DAMAGES = {  # made to copies of checkpoint-4, in folders of other steps
     "checkpoint-11": ("training_state.pt", truncate),
     "checkpoint-12": ("training_state.pt", empty),
-    "checkpoint-13": (f"{WEIGHTS}.safetensors", truncate),
-    "checkpoint-14": (f"{WEIGHTS}.safetensors", empty),
-    "checkpoint-15": ("<new1>.safetensors", empty),
+    "checkpoint-13": (f"{WEIGHTS}.bin", truncate),
+    "checkpoint-14": (f"{WEIGHTS}.bin", empty),
+    "checkpoint-15": ("<new1>.bin", empty),
 }
 REFUSED = {
     "tokens": ({"modifier_token": "<cat1>", "instance_prompt": "photo of a <cat1> cat"}, ["<new1>", "<cat1>"]),
@@ -311,7 +311,7 @@ def test_killed_at_many_points(six_steps, undisturbed, tmp_path):
         unfinished += any(not re.fullmatch(r"checkpoint-\d+", path.name) for path in folder.iterdir())
     said = (tmp_path / "run.log").read_text()
     assert "Traceback" not in said, said
-    assert {0, 2, 4} <= set(resumed) and resumed == sorted(resumed) and unfinished > 3, "the kills hit"
+    assert len(set(resumed)) >= 3 and resumed == sorted(resumed) and unfinished > 3, f"where the kills hit: {resumed}"
     fork(folder, resume_from_checkpoint="latest", **six_steps)
     assert checkpoints(folder) == ["checkpoint-4", "checkpoint-6"]
     assert not list(folder.glob(".*")), "what the kills left is gone"
@@ -361,12 +361,13 @@ def test_newest_is_what_was_written_last(six_steps, undisturbed, tmp_path):
 
 @pytest.mark.slow
 def test_latest_is_damaged(six_steps, undisturbed, tmp_path):
-    """The run does not silently start again: it ends with one line, and the checkpoint is named."""
-    folder = copy_run(undisturbed, tmp_path / "run", "checkpoint-2")
-    empty(folder / "checkpoint-2" / "training_state.pt")
+    """The run neither starts again nor from an older one in silence: it ends with one line that names the newest."""
+    folder = copy_run(undisturbed, tmp_path / "run", "checkpoint-2", "checkpoint-4")
+    empty(folder / "checkpoint-4" / "training_state.pt")
     said = finish(start(folder, resume_from_checkpoint="latest", **six_steps), folder, status=1)
-    assert said.splitlines()[-1].startswith("error: --resume_from_checkpoint") and "checkpoint-2" in said
-    assert "Traceback" not in said and checkpoints(folder) == ["checkpoint-2"]
+    (line,) = said.splitlines()
+    assert line.startswith("error: --resume_from_checkpoint") and "checkpoint-4" in line and "corrupt" in line
+    assert checkpoints(folder) == ["checkpoint-2", "checkpoint-4"]
 
 
 @pytest.mark.slow

@@ -124,7 +124,7 @@ def read(flags_list):
 
     (concept,) = read_concepts(parse_args(flags_list))
     return [
-        (caption, file.resolve()) for caption, file in zip(concept.class_captions, concept.class_pictures, strict=True)
+        (caption, file.resolve()) for caption, file in zip(concept.class_captions, concept.class_images, strict=True)
     ]
 
 

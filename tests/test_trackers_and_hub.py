@@ -7,7 +7,6 @@ repeat it. --push_to_hub and base models from the hub run against a hub on loopb
 import io
 import json
 import os
-import shlex
 import struct
 import subprocess
 import sys
@@ -62,6 +61,7 @@ def tracked(one_real_concept, tmp_path_factory):
         "learning_rate": 2.5e-3,
     }
     env = os.environ | SECRETS | OFFLINE | {"ACCELERATE_MIXED_PRECISION": "bf16"}
+    env["COMET_OFFLINE_DIRECTORY"] = str(folder / "run" / "logs")
     if not COMET_OFFLINE:  # it is not there, then
         (folder / "sitecustomize.py").write_text("import sys\nsys.modules['comet_ml'] = None\n")
         env["PYTHONPATH"] = str(folder)
@@ -138,7 +138,7 @@ def test_wandb(tracked, config):
 
 @pytest.mark.skipif(not COMET_OFFLINE, reason="needs accelerate 1.6")
 def test_comet_ml(tracked):
-    """Loss and learning rate, in one archive of the main process, in the run's folder."""
+    """Loss and learning rate, in one archive of the main process."""
     (file,) = (tracked / "logs").glob("*.zip")
     with zipfile.ZipFile(file) as archive:
         messages = [json.loads(line) for line in archive.read("messages.json").splitlines()]
@@ -303,7 +303,7 @@ def test_snippet_of_the_card_works(pushed, tmp_path):
 
 
 def test_failed_upload(two_real_concepts, sd1, tmp_path):
-    """All but the upload is done, and the answer, which repeats the token, is told without it.
+    """All but the upload is done, and the hub's answer is told.
 
     The command that the error names then uploads the result, and that alone.
     """
@@ -316,7 +316,7 @@ def test_failed_upload(two_real_concepts, sd1, tmp_path):
         words = flags(**two_real_concepts | values, output_dir=out)
         process = run(sys.executable, SCRIPT, *words, env=hub.environment(**SECRETS, **folders))
         assert process.returncode == 1 and "Traceback" not in process.stderr
-        assert "no to Bearer ***, see" in process.stderr and "token=***" in process.stderr
+        assert "no, not you" in process.stderr
         assert all((out / name).exists() for name in (f"{WEIGHTS}.safetensors", "checkpoint-1", "logs"))
         assert secrets_in(tmp_path, process.stdout, process.stderr) == []
         assert hub.files("tester/my-things") == {} and hub.asked.count("POST /api/repos/create") == 1
@@ -324,8 +324,7 @@ def test_failed_upload(two_real_concepts, sd1, tmp_path):
         hub.refused = "$^"
         (error,) = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
         command = error.partition("; later: ")[2]
-        assert shlex.split(command)[:4] == ["hf", "upload", "tester/my-things", str(out)]
-        env = hub.environment(**SECRETS, **folders, PATH=f"{HF.parent}:/usr/bin:/bin")
+        env = hub.environment(**SECRETS, **folders, PATH=f"{Path(sys.executable).parent}:/usr/bin:/bin")
         subprocess.run(command, shell=True, env=env, cwd=tmp_path, check=True, capture_output=True)
         files = hub.files("tester/my-things")
         names = {f"{name}.{ending}" for name in (WEIGHTS, "<New1>", "<new2>") for ending in ("safetensors", "bin")}
@@ -355,8 +354,8 @@ def test_refused_repository(one_concept, tmp_path):
         env = hub.environment(HF_TOKEN=SECRETS["HF_TOKEN"], PYTHONPATH=str(ROOT))
         answers = in_one_process(calls, env=env)
     for name, reason in {
-        "a token": "no to Bearer ***",
-        "the environment's": "no to Bearer ***",
+        "a token": "no, not you",
+        "the environment's": "no, not you",
         "a wrong token": "Invalid credentials in Authorization header",
         "a wrong name": "Repo id must",
     }.items():

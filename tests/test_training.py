@@ -78,14 +78,13 @@ def test_loss(prediction_type, prior, cells):
 
     batch = {
         "pixel_values": torch.zeros(n, 3, 8 * cells, 8 * cells),
-        "mask": torch.tensor(mask),
+        "mask": torch.tensor(mask[:instances]),
         "input_ids": torch.arange(n)[:, None],
         "posterior_noise": torch.tensor(eps),
         "noise": torch.tensor(noise),
         "timesteps": torch.tensor(timesteps),
     }
-    args = SimpleNamespace(with_prior_preservation=prior, prior_loss_weight=0.3)
-    found = diffusion_loss(model, FakeVAE(mean, std), scheduler, batch, args)
+    found = diffusion_loss(model, FakeVAE(mean, std), scheduler, batch, prior_loss_weight=0.3)
     assert found.item() == pytest.approx(expected, rel=1e-5)
     assert np.allclose(seen["noisy"], noisy, atol=1e-4)
     assert seen["timesteps"].tolist() == timesteps.tolist() and seen["ids"].flatten().tolist() == [0, 1, 2, 3]
