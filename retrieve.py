@@ -121,19 +121,19 @@ def parse_args(input_args=None):
     # fmt: on
     parser.set_defaults(**retrieve.__kwdefaults__)
     args = parser.parse_args(input_args)
-    if problem := find_contradiction(args):
-        parser.error(problem)
+    try:
+        check_arguments(args)
+    except ValueError as error:
+        parser.error(str(error))
     return args
 
 
-def find_contradiction(args):
-    """What is wrong with the arguments taken together; None if nothing is."""
+def check_arguments(args):
+    """Raises ValueError for arguments that contradict each other."""
     if not args.class_prompt.strip():
-        return "--class_prompt is empty: give the class, for example cat"
-    if args.source == "dataset" and not args.dataset:
-        return "--source dataset needs --dataset: give a folder, a file or a hub dataset"
-    if args.dataset and args.source not in ("auto", "dataset"):
-        return f"--dataset is not used with --source {args.source}: leave one of them out"
+        raise ValueError("--class_prompt is empty: give the class, for example cat")
+    if args.source != "auto" and (args.source == "dataset") != bool(args.dataset):
+        raise ValueError(f"--source {args.source} and --dataset {args.dataset} contradict each other: change one")
 
 
 def retrieve(
@@ -150,8 +150,7 @@ def retrieve(
     interruption the same call goes on with the pictures that were already downloaded.
     """
     args = argparse.Namespace(**locals())
-    if problem := find_contradiction(args):
-        raise ValueError(problem)
+    check_arguments(args)
     folder = Path(class_data_dir).resolve()
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     new, failures = [], Counter()
@@ -168,18 +167,13 @@ def retrieve(
     except OSError as error:
         raise RetrieveError(f"{one_line(str(error))}; fix this and run the same command again") from error
     if failures:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in failures.most_common())
-        print(f"Skipped {failures.total()} candidates: {kinds}")
+        print(f"Skipped {failures.total()} candidates:", ", ".join(f"{n} {kind}" for kind, n in failures.most_common()))
     print(f"{class_data_dir} has {len(pictures) + len(new)} pictures, {len(new)} of them new")
     return len(pictures) + len(new)
 
 
 def collect(pictures, unfinished, args):
-    """Obtains the missing pictures; returns (file, record) pairs and a Counter of why candidates gave none.
-
-    They are taken in the order of the source, whichever download ends first. There are never more downloads under way
-    than pictures missing, so none is wasted.
-    """
+    """Obtains the missing pictures; returns (file, record) pairs and a Counter of why candidates gave none."""
     missing, digests = args.num_class_images - len(pictures), set()
     for file, record in pictures:
         with contextlib.suppress(Failure):
@@ -191,6 +185,7 @@ def collect(pictures, unfinished, args):
     bar = tqdm(total=args.num_class_images, initial=len(pictures), unit="picture", leave=False)
     try:
         while len(new) < missing:
+            # no more downloads than pictures are missing, so none is wasted; the results keep the source's order
             room = min(missing - len(new), 4 * args.num_workers) - len(queue)
             for record, picture in itertools.islice(candidates, max(0, room)):
                 queue.append((record, pool.submit(obtain, record, picture, unfinished, args)))
@@ -233,7 +228,7 @@ def obtain(record, picture, unfinished, args):
 
 
 def find_candidates(known, args):
-    """Candidates of the first source that has any, as (record, picture) pairs; none is in `known` or comes twice.
+    """Candidates of the first source that has any and that are not `known`, as (record, picture) pairs.
 
     The record is a line of metadata.jsonl. The picture is a file's content or path, or None: then the url is fetched.
     """
@@ -259,13 +254,9 @@ def find_candidates(known, args):
 
 
 def search_clip_retrieval(args):
-    """Results of a clip-retrieval backend as (key, entry, picture).
-
-    The protocol has no pages: twice as many are asked for each time, and the answer begins with the earlier ones.
-    """
-    received = 0
-    for doubling in itertools.count():
-        count = math.ceil(1.5 * args.num_class_images) * 2**doubling
+    """Results of a clip-retrieval backend as (key, entry, picture)."""
+    count, received = math.ceil(1.5 * args.num_class_images), 0
+    while True:
         query = {
             "text": args.class_prompt, "image": None, "image_url": None, "embedding_input": None,
             "deduplicate": True, "use_safety_model": True, "use_violence_detector": True,
@@ -274,8 +265,6 @@ def search_clip_retrieval(args):
         }  # fmt: skip
         headers = {"Content-Type": "application/json"}
         entries, _ = ask(args.backend_url, "--backend_url", args, json.dumps(query).encode(), headers)
-        if len(entries) <= received:
-            return
         for entry in entries[received:]:
             entry, url, picture = entry | {"text": entry.get("caption")}, one_line(entry.get("url")), None
             if not url:  # an index of local files answers the pictures themselves
@@ -283,7 +272,9 @@ def search_clip_retrieval(args):
                 with contextlib.suppress(ValueError):
                     picture = base64.b64decode(entry["image"])
             yield url, entry, picture
-        received = len(entries)
+        if len(entries) <= received:
+            return
+        count, received = 2 * count, len(entries)  # no pages: a longer answer begins with the same results
 
 
 def search_openverse(args):
@@ -333,13 +324,15 @@ def read_dataset(args):
     plural = rf"{words.removesuffix('y')}ies" if words.endswith("y") else rf"{words}(?:e?s)?"
     mention = re.compile(rf"(?<!\w)(?:{words}|{plural})(?!\w)")
     try:
-        rows, image_columns, caption_column = open_dataset(args)
+        rows, typed = open_dataset(args)
+        images = [args.image_column] if args.image_column else [*typed, *IMAGE_COLUMNS]
+        captions = [args.caption_column] if args.caption_column else CAPTION_COLUMNS
         for number, row in enumerate(rows):
-            text = row.get(caption_column)
+            if number == 0 and not (row.keys() & set(images) and row.keys() & set(captions)):
+                raise ValueError(f"its columns are {', '.join(row)}; choose with --image_column and --caption_column")
+            picture, text = (next(filter(None, map(row.get, names)), None) for names in (images, captions))
+            picture = picture.get("bytes") or picture.get("path") if isinstance(picture, dict) else picture
             text = one_line(text.get("caption") if isinstance(text, dict) else text)
-            picture = next((row[name] for name in image_columns if row.get(name) is not None), None)
-            if isinstance(picture, dict):
-                picture = picture.get("bytes") or picture.get("path")
             if not mention.search(text.casefold()) or not isinstance(picture, (bytes, str)):
                 continue
             entry, key = row | {"text": text}, f"{args.dataset}#{number}"
@@ -353,7 +346,7 @@ def read_dataset(args):
 
 
 def open_dataset(args):
-    """Rows of the dataset (dicts, pictures undecoded), the columns of their pictures, and that of their captions."""
+    """Rows of the dataset as dicts, their pictures undecoded, and the columns that are of the type of pictures."""
     path, name, options = Path(args.dataset), args.dataset, {}
     if path.is_dir() and any(path.rglob("metadata.*")):
         name, options = "imagefolder", {"data_dir": name}
@@ -362,7 +355,7 @@ def open_dataset(args):
         texts = {file: file.with_suffix(".txt") for file in files if file.with_suffix(".txt").is_file()}
         if texts:
             pairs = ((str(file), text.read_text("utf-8", errors="replace")) for file, text in texts.items())
-            return ({"image": file, "text": text} for file, text in pairs), ["image"], "text"
+            return ({"image": file, "text": text} for file, text in pairs), []
     elif path.is_file() and path.suffix not in DATASET_FILES:
         raise ValueError("give a .parquet or a webdataset .tar file, or a folder")
     elif path.is_file():
@@ -371,16 +364,10 @@ def open_dataset(args):
 
     datasets.disable_progress_bars()
     rows = datasets.load_dataset(name, **options, split=args.split, streaming=True)
-    features = rows.features or next(iter(rows))
-    typed = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
+    typed = [name for name, kind in (rows.features or {}).items() if isinstance(kind, datasets.Image)]
     for name in typed:
         rows = rows.cast_column(name, datasets.Image(decode=False))
-    image_columns = [args.image_column] if args.image_column else typed or [n for n in IMAGE_COLUMNS if n in features]
-    caption_column = args.caption_column or next((name for name in CAPTION_COLUMNS if name in features), None)
-    for flag, names in (("--image_column", image_columns), ("--caption_column", [caption_column])):
-        if not features.keys() & set(names):
-            raise ValueError(f"its columns are {', '.join(features)}; choose one with {flag}")
-    return rows, image_columns, caption_column
+    return rows, typed
 
 
 def read_file(path, args):
@@ -400,15 +387,13 @@ def read_file(path, args):
 SOURCES = {"clip-retrieval": search_clip_retrieval, "openverse": search_openverse, "dataset": read_dataset}
 
 
-def connect(host, port, limit, public_only):
-    """Socket to a host. With `public_only`, addresses that are not of the public internet are skipped.
-
-    The check is of the address that is connected to: a name may resolve to another one the next time, or in a proxy.
-    """
+def connect(host, port, args, deadline, public_only):
+    """Socket to a host; if `public_only`, never to an address that is not of the public internet."""
     error = Failure("private address")
     for *_, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-        if is_public(address[0]) or not public_only:
+        if is_public(address[0]) or not public_only:  # not of the name, which may have another address the next time
             try:
+                limit = min(args.connect_timeout, max(deadline - time.monotonic(), 0.001))
                 return socket.create_connection(address[:2], limit)
             except OSError as fault:
                 error = fault
@@ -426,11 +411,7 @@ def is_public(address):
 
 
 def fetch(url, args, picture, body=None, headers=None):
-    """Content behind the URL of a picture or of a search. Retries temporary faults. Raises `Failure`.
-
-    Anybody may have written a picture's URL, so only public hosts are asked. A search's host is the user's choice and
-    may be any, but must not send us on to another.
-    """
+    """Content behind the URL of a picture, or of a search. Retries temporary faults. Raises `Failure`."""
     end = time.monotonic() + (args.timeout if picture else MAX_SEARCH_SECONDS)
     for attempt in itertools.count():
         try:
@@ -449,23 +430,21 @@ def fetch(url, args, picture, body=None, headers=None):
 
 def exchange(url, args, picture, deadline, body, headers):
     """Sends a request, a POST if it has a body; returns (content, None) or, for a redirect, (None, address)."""
-    seconds_left = max(deadline - time.monotonic(), 0.001)
-    limit, public_only = min(args.connect_timeout, seconds_left), picture and not args.allow_private_hosts
+    seconds_left, method = max(deadline - time.monotonic(), 0.001), "POST" if body else "GET"
     try:
         parts = urllib3.util.parse_url(url)
         if parts.scheme not in CONNECTIONS or not parts.host:
             raise ValueError
         connection = CONNECTIONS[parts.scheme](parts.host.strip("[]"), parts.port, timeout=seconds_left)
-        with connect(connection.host, connection.port, limit, public_only) as sock, sock.dup() as line:
+        public_only = picture and not args.allow_private_hosts  # the host of a search is the user's own choice
+        with connect(connection.host, connection.port, args, deadline, public_only) as sock, sock.dup() as line:
             # urllib3 adds TLS to this socket and checks the certificate for the host's name
             connection._new_conn, connection.ssl_context = lambda: sock, TLS
             # its timeouts are per read, so that a server which drips bytes would never reach them
             hang_up = threading.Timer(deadline - time.monotonic(), line.shutdown, [socket.SHUT_RDWR])
             hang_up.start()
             try:
-                connection.request(
-                    "POST" if body else "GET", parts.request_uri, body, HEADERS | headers, preload_content=False
-                )
+                connection.request(method, parts.request_uri, body, HEADERS | headers, preload_content=False)
                 with connection.getresponse() as response:
                     if picture and (location := response.get_redirect_location()):
                         return None, urllib.parse.urljoin(url, location)
@@ -505,10 +484,7 @@ def read_content(response, args, picture):
 
 
 def convert(content, args):
-    """JPEG file without metadata, upright and RGB, from the bytes of a picture, and a digest of its pixels.
-
-    An RGB JPEG that has no metadata stays as it is: encoding it again would only lose quality.
-    """
+    """JPEG file without metadata, upright and RGB, from the bytes of a picture, and a digest of its pixels."""
     if len(content) > args.max_bytes:
         raise Failure("too large")
     try:
@@ -521,7 +497,7 @@ def convert(content, args):
             plain = plain and all(name == "APP0" and len(data) < 20 for name, data in image.applist)
             picture = to_rgb(image)
             digest = hashlib.sha256(b"%d %d " % picture.size + picture.tobytes()).hexdigest()
-            if not plain:
+            if not plain:  # to encode the others again would only lose quality
                 buffer = io.BytesIO()
                 picture.info.clear()  # otherwise the comment and the colour profile would be written again
                 picture.save(buffer, "JPEG", quality=95, subsampling=0)
@@ -573,16 +549,13 @@ def check_replaceable(folder, pictures):
         raise RetrieveError(f"--class_data_dir {folder}: cannot be replaced; give another folder")
     names = [*LISTS, "metadata.jsonl", "images/metadata.jsonl"] if pictures else []
     ours = {file for file, _ in pictures} | {folder / name for name in names}
-    others = [file for file in folder.rglob("*") if not file.is_dir() and file not in ours]
-    if others:
-        raise RetrieveError(f"--class_data_dir {folder}: has other files ({others[0].name}); give another folder")
+    for file in folder.rglob("*"):
+        if not file.is_dir() and file not in ours:
+            raise RetrieveError(f"--class_data_dir {folder}: has other files ({file.name}); give another folder")
 
 
 def publish(folder, unfinished, pictures):
-    """Writes the pictures, (file, record) pairs, with their lists, and puts all this in the folder's place by renaming.
-
-    So a reader finds the whole new folder or the whole old one (for an instant, none), even after a kill.
-    """
+    """Puts the pictures, (file, record) pairs, and their lists in the folder's place: by renaming, so never in part."""
     new, old = unfinished / f"new-{os.getpid()}", unfinished / "old"
     shutil.rmtree(old, ignore_errors=True)
     shutil.rmtree(new, ignore_errors=True)
@@ -592,7 +565,7 @@ def publish(folder, unfinished, pictures):
         record["file_name"] = f"images/{number}.jpg"
         shutil.copyfile(pictures[number][0], new / record["file_name"])
     lists = {name: [record[key] for record in records] for name, key in LISTS.items()}
-    lists["metadata.jsonl"] = [json.dumps(record) for record in records]
+    lists["metadata.jsonl"] = map(json.dumps, records)
     for name, lines in lists.items():
         (new / name).write_text("\n".join([*lines, ""]), encoding="utf-8", newline="\n")
     if folder.exists():
@@ -613,8 +586,7 @@ def main(args):
         sys.stdout.flush()
         os._exit(130)  # threads may still be waiting for a server
     if count < args.num_class_images:
-        found = f"{args.class_data_dir} has only {count} of {args.num_class_images} pictures"
-        sys.exit(f"error: {found}; for more, run the command again, perhaps with another --source")
+        sys.exit(f"error: found only {count} of {args.num_class_images} pictures; for more, try another --source")
 
 
 if __name__ == "__main__":

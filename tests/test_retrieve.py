@@ -175,7 +175,7 @@ def test_fewer_than_asked_for(web, local, tmp_path):
     web.add_backend(urls[:3])
     words = flags(num_class_images=5, source="clip-retrieval", **local)
     process = command(tmp_path / "cat", *words)
-    assert process.returncode == 1 and "has only 3 of 5 pictures" in process.stderr.splitlines()[-1]
+    assert process.returncode == 1 and "found only 3 of 5 pictures" in process.stderr.splitlines()[-1]
     before = read_set(tmp_path / "cat")
     web.add_backend(urls[2:] + urls[:3])
     process = command(tmp_path / "cat", *words)
@@ -407,7 +407,7 @@ def test_unusable_datasets(tmp_path, monkeypatch):
     (tmp_path / "notes.csv").write_text("text\ncat\n")
     monkeypatch.chdir(tmp_path)
     expected = {
-        "plain": "its columns are image; choose one with --caption_column",
+        "plain": "its columns are image; choose with --image_column and --caption_column",
         "empty": "",
         "broken.parquet": "Parquet",
         "notes.csv": "give a .parquet or a webdataset .tar file, or a folder",
@@ -484,8 +484,8 @@ WRONG = {
     "--timeout=inf": "out of range",
     "--connect_timeout=nan": "give 0.1 or more",
     "--source=laion": "invalid choice",
-    "--source=dataset": "needs --dataset",
-    "--source=openverse --dataset=x": "leave one of them out",
+    "--source=dataset": "contradict each other",
+    "--source=openverse --dataset=x": "contradict each other",
     "--class_prompt=": "is empty",
     "--images=3": "unrecognized",
 }
@@ -497,7 +497,7 @@ def test_wrong_arguments(tmp_path, capsys):
             parse_args(["--class_prompt=cat", f"--class_data_dir={tmp_path / 'cat'}", *words.split()])
         (line,) = capsys.readouterr().err.splitlines()
         assert end.value.code == 2 and problem in line
-    with pytest.raises(ValueError, match="leave one of them out"):
+    with pytest.raises(ValueError, match="contradict each other"):
         retrieve("cat", tmp_path / "cat", 1, dataset="x", source="openverse")
     with pytest.raises(RetrieveError, match=r"not an http\(s\) URL"):
         retrieve("cat", tmp_path / "cat", 1, backend_url="ftp://x", source="clip-retrieval")

@@ -190,6 +190,9 @@ def contacts(monkeypatch):
     class Watched(socket.socket):
         def connect(self, address):
             made.append(address[0])
+            if address[0] == "8.8.4.4":  # where nobody answers
+                time.sleep(self.gettimeout())
+                raise TimeoutError
             if address[0] not in ("93.184.216.34", "127.0.0.1"):
                 raise ConnectionRefusedError
             super().connect(("127.0.0.1", address[1]))
@@ -341,6 +344,16 @@ def test_certificates(web, tmp_path):
     finally:
         secure.shutdown()
         secure.server_close()
+
+
+def test_many_slow_addresses(web, local, contacts, tmp_path, monkeypatch, capsys):
+    """A name with many addresses that nobody answers at costs no more than --timeout."""
+    monkeypatch.setitem(NAMES, "slow.example", ["8.8.4.4"] * 100)
+    backend_answers(web, ["http://slow.example/0.jpg"])
+    start = time.monotonic()
+    retrieve("cat", tmp_path / "cat", 1, source="clip-retrieval", **local | {"timeout": 1.0, "connect_timeout": 0.3})
+    assert time.monotonic() - start < 3 and "1 timed out" in capsys.readouterr().out
+    assert 3 <= contacts.count("8.8.4.4")
 
 
 def test_slow_handshake(web, local, tmp_path, capsys):
