@@ -246,7 +246,7 @@ def find_candidates(known, args):
                     yield {"text": one_line(args.class_prompt), "url": key} | texts, picture
             return
         except RetrieveError as error:
-            if found:  # and broken off later: what came before is used
+            if found:  # it broke off later: keep what came before
                 return tqdm.write(str(error))
             if source == sources[-1]:
                 raise RetrieveError(f"{error}{'' if args.dataset else '; give another --source'}") from error
@@ -377,7 +377,7 @@ def read_file(path, args):
     place = path.rpartition("::")[2]
     try:
         if "://" in place and not place.startswith("hf://"):
-            raise ValueError("a place that only `fetch` may ask")
+            raise ValueError("neither a local file nor one on the hub")
         with fsspec.open(path, "rb") as file:
             return file.read(args.max_bytes + 1)
     except Exception as error:  # each of fsspec's file systems has exceptions of its own
@@ -391,7 +391,7 @@ def connect(host, port, args, deadline, public_only):
     """Socket to a host; if `public_only`, never to an address that is not of the public internet."""
     error = Failure("private address")
     for *_, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-        if is_public(address[0]) or not public_only:  # not of the name, which may have another address the next time
+        if is_public(address[0]) or not public_only:  # the address, as a name may resolve to another later
             try:
                 limit = min(args.connect_timeout, max(deadline - time.monotonic(), 0.001))
                 return socket.create_connection(address[:2], limit)
@@ -440,7 +440,7 @@ def exchange(url, args, picture, deadline, body, headers):
         with connect(connection.host, connection.port, args, deadline, public_only) as sock, sock.dup() as line:
             # urllib3 adds TLS to this socket and checks the certificate for the host's name
             connection._new_conn, connection.ssl_context = lambda: sock, TLS
-            # its timeouts are per read, so that a server which drips bytes would never reach them
+            # urllib3's timeouts are per read: a server that drips bytes would never reach them
             hang_up = threading.Timer(deadline - time.monotonic(), line.shutdown, [socket.SHUT_RDWR])
             hang_up.start()
             try:
@@ -527,7 +527,7 @@ def read_pictures(folder):
         return []
     records, pictures = {}, []
     try:
-        for file in (folder / "metadata.jsonl", folder / "images" / "metadata.jsonl"):  # an earlier version's
+        for file in (folder / "metadata.jsonl", folder / "images" / "metadata.jsonl"):  # old versions' place
             lines = file.read_text("utf-8").splitlines() if file.is_file() else []
             records |= {Path(record["file_name"]).name: record for record in map(json.loads, lines)}
         lists = [(folder / name).read_text("utf-8").removesuffix("\n").split("\n") for name in LISTS]
