@@ -27,7 +27,7 @@ import time
 import traceback
 import urllib.parse
 import warnings
-from collections import Counter, deque
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -51,8 +51,9 @@ KEPT = ("text", "url", "license", "license_url", "creator", "attribution")  # of
 CAPTION_COLUMNS = ("text", "caption", "txt", "TEXT", "prompt", "json")
 DATASET_FILES = {".parquet": "parquet", ".tar": "webdataset"}
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "url", "URL")
-LISTS = {"images.txt": "file_name", "caption.txt": "text", "urls.txt": "url"}  # and the key in metadata.jsonl
+LISTS = {"caption.txt": "text", "urls.txt": "url", "images.txt": "file_name"}  # and the key in metadata.jsonl
 CONNECTIONS = {"http": urllib3.connection.HTTPConnection, "https": urllib3.connection.HTTPSConnection}
+TRACEBACK = os.environ.get("CUSTOM_DIFFUSION_TRACEBACK")  # if set, what is behind a one-line message is shown
 DECODERS = threading.BoundedSemaphore(2)  # a decoded picture can take several hundred megabytes
 TLS = ssl.create_default_context(cafile=certifi.where())  # slim containers have no certificates of their own
 TLS.load_default_certs()
@@ -70,35 +71,14 @@ class Failure(Exception):
         self.retry_after = retry_after
 
 
-def show_traceback(error):
-    """Prints the traceback behind a one-line message if CUSTOM_DIFFUSION_TRACEBACK is set."""
-    if os.environ.get("CUSTOM_DIFFUSION_TRACEBACK"):
-        traceback.print_exception(error)
-
-
-def number(kind, least):
-    """Argparse type of finite numbers that are not below `least`."""
-
-    def parse(text):
-        if not least <= kind(text) < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is out of range: give {least} or more")
-        return kind(text)
-
-    parse.__name__ = kind.__name__  # argparse names it in its message
-    return parse
-
-
 def parse_args(input_args=None):
     """Parses the command line, or the list of strings `input_args`. The defaults are those of `retrieve`."""
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, description=__doc__.splitlines()[0], allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )  # fmt: skip
-    # fmt: off
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     add = parser.add_argument_group("class").add_argument
     add("--class_prompt", required=True, help='the class: "cat"; also the caption of pictures that have none')
     add("--class_data_dir", required=True, help="folder for the pictures and their captions")
-    add("--num_class_images", type=number(int, 1), default=200, help="number of pictures")
+    add("--num_class_images", type=int, default=200, help="number of pictures")
 
     add = parser.add_argument_group("source").add_argument
     add("--source", choices=("auto", *SOURCES), help="auto: dataset if --dataset is given, else the first that answers")
@@ -111,14 +91,13 @@ def parse_args(input_args=None):
     add("--caption_column", help="column of the captions; by default found by name")
 
     add = parser.add_argument_group("downloads").add_argument
-    add("--num_workers", type=number(int, 1), help="number of simultaneous downloads")
-    add("--connect_timeout", type=number(float, 0.1), help="seconds allowed to connect")
-    add("--timeout", type=number(float, 0.1), help="seconds allowed for a picture, redirects and retries included")
-    add("--retries", type=number(int, 0), help="number of retries after a temporary fault, such as status 503")
-    add("--max_bytes", type=number(int, 1), help="skip larger files")
-    add("--min_size", type=number(int, 1), help="skip pictures with a shorter side, in pixels")
+    add("--num_workers", type=int, help="number of simultaneous downloads")
+    add("--connect_timeout", type=float, help="seconds allowed to connect")
+    add("--timeout", type=float, help="seconds allowed for a picture, redirects and retries included")
+    add("--retries", type=int, help="number of retries after a temporary fault, such as status 503")
+    add("--max_bytes", type=int, help="skip larger files")
+    add("--min_size", type=int, help="skip pictures with a shorter side, in pixels")
     add("--allow_private_hosts", action="store_true", help="also download from loopback, private, link-local hosts")
-    # fmt: on
     parser.set_defaults(**retrieve.__kwdefaults__)
     args = parser.parse_args(input_args)
     try:
@@ -129,7 +108,11 @@ def parse_args(input_args=None):
 
 
 def check_arguments(args):
-    """Raises ValueError for arguments that contradict each other."""
+    """Raises ValueError for arguments that are out of range or contradict each other."""
+    low = dict(num_class_images=1, num_workers=1, connect_timeout=0.1, timeout=0.1, retries=0, max_bytes=1, min_size=1)
+    for name, least in low.items():
+        if not least <= getattr(args, name) < math.inf:
+            raise ValueError(f"--{name} {getattr(args, name)} is out of range: give {least} or more")
     if not args.class_prompt.strip():
         raise ValueError("--class_prompt is empty: give the class, for example cat")
     if args.source != "auto" and (args.source == "dataset") != bool(args.dataset):
@@ -146,23 +129,20 @@ def retrieve(
 ):  # fmt: skip
     """Fills class_data_dir up to num_class_images pictures; returns how many it then has.
 
-    The keyword arguments are the flags. Raises ValueError for contradictory ones, and `RetrieveError`. After an
-    interruption the same call goes on with the pictures that were already downloaded.
+    The keyword arguments are the flags. Raises ValueError for wrong ones, and `RetrieveError`. After an interruption
+    the same call goes on with the pictures that were already downloaded.
     """
     args = argparse.Namespace(**locals())
     check_arguments(args)
     folder = Path(class_data_dir).resolve()
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    unfinished = folder / ".unfinished"  # here is what a run, or one that was killed, has not yet put in its place
     new, failures = [], Counter()
     try:
-        if (unfinished / "old").exists() and not folder.exists():  # killed between the two renames of `publish`
-            (unfinished / "old").rename(folder)
-        pictures = read_pictures(folder)
+        pictures = read_pictures(folder, unfinished)
         if len(pictures) < num_class_images:
-            check_replaceable(folder, pictures)
             new, failures = collect(pictures, unfinished, args)
-        if new:
-            publish(folder, unfinished, pictures + new)
+        if unfinished.exists() and (pictures or new):
+            publish(folder, unfinished, pictures, new)
         shutil.rmtree(unfinished, ignore_errors=True)
     except OSError as error:
         raise RetrieveError(f"{one_line(str(error))}; fix this and run the same command again") from error
@@ -180,29 +160,25 @@ def collect(pictures, unfinished, args):
             digests.add(record.get("pixel_sha256") or convert(file.read_bytes(), args)[1])
     candidates = find_candidates({record["url"] for _, record in pictures}, args)
     candidates = itertools.chain(list(itertools.islice(candidates, 1)), candidates)  # an error comes before the bar
-    queue, new, failures = deque(), [], Counter()
+    new, failures = [], Counter()
     pool = ThreadPoolExecutor(args.num_workers)
     bar = tqdm(total=args.num_class_images, initial=len(pictures), unit="picture", leave=False)
     try:
-        while len(new) < missing:
-            # no more downloads than pictures are missing, so none is wasted; the results keep the source's order
-            room = min(missing - len(new), 4 * args.num_workers) - len(queue)
-            for record, picture in itertools.islice(candidates, max(0, room)):
-                queue.append((record, pool.submit(obtain, record, picture, unfinished, args)))
-            if not queue:
-                break
-            record, future = queue.popleft()
-            try:
-                file, digest = future.result()
-                if digest in digests:
-                    raise Failure("duplicate")
-            except Failure as failure:
-                failures[str(failure)] += 1
-                show_traceback(failure)
-                continue
-            digests.add(digest)
-            new.append((file, record | {"pixel_sha256": digest}))
-            bar.update()
+        # no more downloads than pictures are missing, so none is wasted; the results keep the source's order
+        while batch := list(itertools.islice(candidates, min(missing - len(new), 4 * args.num_workers))):
+            futures = [pool.submit(obtain, record, picture, unfinished, args) for record, picture in batch]
+            for (record, _), future in zip(batch, futures, strict=True):
+                try:
+                    file, digest = future.result()
+                    if digest in digests:
+                        raise Failure("duplicate")
+                    digests.add(digest)
+                    new.append((file, record | {"pixel_sha256": digest}))
+                    bar.update()
+                except Failure as failure:
+                    failures[str(failure)] += 1
+                    if TRACEBACK:
+                        traceback.print_exception(failure)
         return new, failures
     finally:
         bar.close()
@@ -214,17 +190,30 @@ def obtain(record, picture, unfinished, args):
 
     The file is named by a hash of its origin and by the digest, so a run that is started again needs no other record.
     """
-    if isinstance(picture, str):
-        picture = read_file(picture, args)
+    if isinstance(picture, str):  # a dataset names a local file, one in an archive, or one on the hub
+        import fsspec
+
+        try:
+            if "://" in picture.rpartition("::")[2].removeprefix("hf://"):
+                raise ValueError("neither a local file nor one on the hub")
+            with fsspec.open(picture, "rb") as file:
+                picture = file.read(args.max_bytes + 1)
+        except Exception as error:  # each of fsspec's file systems has exceptions of its own
+            raise Failure("no such file") from error
     origin = record["url"].encode() if picture is None else picture
     name = hashlib.sha256(b"%d %b" % (args.min_size, origin)).hexdigest()
     for file in unfinished.glob(f"{name}.*.jpg"):
         return file, file.name.split(".")[1]
     jpeg, digest = convert(fetch(record["url"], args, True) if picture is None else picture, args)
     unfinished.mkdir(parents=True, exist_ok=True)
-    temporary = unfinished / f".{name}.{threading.get_ident()}"
-    temporary.write_bytes(jpeg)
-    return temporary.replace(unfinished / f"{name}.{digest}.jpg"), digest
+    return write(unfinished / f"{name}.{digest}.jpg", jpeg, unfinished), digest
+
+
+def write(file, content, unfinished):
+    """Writes a file in `unfinished` and moves it to its place, where it is never seen half-written."""
+    temporary = unfinished / f"{threading.get_ident()}.part"
+    temporary.write_bytes(content)
+    return temporary.replace(file)
 
 
 def find_candidates(known, args):
@@ -351,11 +340,10 @@ def open_dataset(args):
     if path.is_dir() and any(path.rglob("metadata.*")):
         name, options = "imagefolder", {"data_dir": name}
     elif path.is_dir():
-        files = [file for file in sorted(path.rglob("*")) if Image.registered_extensions().get(file.suffix.lower())]
-        texts = {file: file.with_suffix(".txt") for file in files if file.with_suffix(".txt").is_file()}
-        if texts:
-            pairs = ((str(file), text.read_text("utf-8", errors="replace")) for file, text in texts.items())
-            return ({"image": file, "text": text} for file, text in pairs), []
+        files = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in Image.registered_extensions()]
+        pairs = [(file, text) for file in files if (text := file.with_suffix(".txt")).is_file()]
+        if pairs:
+            return ({"image": str(file), "text": text.read_text("utf-8", "replace")} for file, text in pairs), []
     elif path.is_file() and path.suffix not in DATASET_FILES:
         raise ValueError("give a .parquet or a webdataset .tar file, or a folder")
     elif path.is_file():
@@ -368,20 +356,6 @@ def open_dataset(args):
     for name in typed:
         rows = rows.cast_column(name, datasets.Image(decode=False))
     return rows, typed
-
-
-def read_file(path, args):
-    """Content of a picture that a dataset names: a local file, one in an archive, or one on the hub."""
-    import fsspec
-
-    place = path.rpartition("::")[2]
-    try:
-        if "://" in place and not place.startswith("hf://"):
-            raise ValueError("neither a local file nor one on the hub")
-        with fsspec.open(path, "rb") as file:
-            return file.read(args.max_bytes + 1)
-    except Exception as error:  # each of fsspec's file systems has exceptions of its own
-        raise Failure("no such file") from error
 
 
 SOURCES = {"clip-retrieval": search_clip_retrieval, "openverse": search_openverse, "dataset": read_dataset}
@@ -415,12 +389,7 @@ def fetch(url, args, picture, body=None, headers=None):
     end = time.monotonic() + (args.timeout if picture else MAX_SEARCH_SECONDS)
     for attempt in itertools.count():
         try:
-            deadline, address = min(end, time.monotonic() + args.timeout), url
-            for _ in range(MAX_REDIRECTS + 1):
-                content, address = exchange(address, args, picture, deadline, body, headers or {})
-                if content is not None:
-                    return content
-            raise Failure("too many redirects")
+            return exchange(url, args, picture, min(end, time.monotonic() + args.timeout), body, headers or {})
         except Failure as failure:
             pause = max(failure.retry_after or 0, 0.5 * 2**attempt)
             if failure.retry_after is None or attempt == args.retries or time.monotonic() + pause > end:
@@ -428,14 +397,13 @@ def fetch(url, args, picture, body=None, headers=None):
         time.sleep(pause)
 
 
-def exchange(url, args, picture, deadline, body, headers):
-    """Sends a request, a POST if it has a body; returns (content, None) or, for a redirect, (None, address)."""
-    seconds_left, method = max(deadline - time.monotonic(), 0.001), "POST" if body else "GET"
+def exchange(url, args, picture, deadline, body, headers, redirects=MAX_REDIRECTS):
+    """Sends a request, a POST if it has a body, and follows the redirects of pictures; returns the content."""
     try:
         parts = urllib3.util.parse_url(url)
         if parts.scheme not in CONNECTIONS or not parts.host:
             raise ValueError
-        connection = CONNECTIONS[parts.scheme](parts.host.strip("[]"), parts.port, timeout=seconds_left)
+        connection = CONNECTIONS[parts.scheme](parts.host.strip("[]"), parts.port, timeout=args.timeout)
         public_only = picture and not args.allow_private_hosts  # the host of a search is the user's own choice
         with connect(connection.host, connection.port, args, deadline, public_only) as sock, sock.dup() as line:
             # urllib3 adds TLS to this socket and checks the certificate for the host's name
@@ -444,17 +412,21 @@ def exchange(url, args, picture, deadline, body, headers):
             hang_up = threading.Timer(deadline - time.monotonic(), line.shutdown, [socket.SHUT_RDWR])
             hang_up.start()
             try:
+                method = "POST" if body else "GET"
                 connection.request(method, parts.request_uri, body, HEADERS | headers, preload_content=False)
                 with connection.getresponse() as response:
-                    if picture and (location := response.get_redirect_location()):
-                        return None, urllib.parse.urljoin(url, location)
-                    content = read_content(response, args, picture)
+                    location = picture and response.get_redirect_location()
+                    content = None if location else read_content(response, args, picture)
             finally:
                 hang_up.cancel()
                 connection.close()
         if time.monotonic() >= deadline:  # a body that was cut short may look complete
             raise TimeoutError
-        return content, None
+        if not location:
+            return content
+        if not redirects:
+            raise Failure("too many redirects")
+        return exchange(urllib.parse.urljoin(url, location), args, picture, deadline, body, headers, redirects - 1)
     except (OSError, ValueError, urllib3.connection.HTTPException, urllib3.exceptions.HTTPError) as error:
         if isinstance(error, TimeoutError) or time.monotonic() >= deadline:
             raise Failure("timed out") from error
@@ -515,62 +487,52 @@ def to_rgb(image):
     if image.mode[0] == "I":
         image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
     if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        image = Image.new("RGBA", layer.size, "white")
-        image.alpha_composite(layer)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
 
 
-def read_pictures(folder):
+def read_pictures(folder, unfinished):
     """(file, record) pairs of the pictures that class_data_dir has; a record is a line of metadata.jsonl."""
     if not (folder / "images.txt").is_file():
         return []
     records, pictures = {}, []
     try:
-        for file in (folder / "metadata.jsonl", folder / "images" / "metadata.jsonl"):  # old versions' place
-            lines = file.read_text("utf-8").splitlines() if file.is_file() else []
-            records |= {Path(record["file_name"]).name: record for record in map(json.loads, lines)}
+        places = (folder / "metadata.jsonl", folder / "images" / "metadata.jsonl")  # now, and in earlier versions
+        for file in filter(Path.is_file, places):
+            rows = map(json.loads, file.read_text("utf-8").splitlines())
+            records |= {file.parent / row["file_name"]: row for row in rows}
         lists = [(folder / name).read_text("utf-8").removesuffix("\n").split("\n") for name in LISTS]
-        for name, text, url in zip(*lists, strict=True):
+        # a run that was killed before it renamed images.txt may have lengthened the other lists
+        for text, url, name in zip(*lists, strict=not unfinished.exists()):
             # the guide's script wrote paths relative to the working folder, and no metadata
             file = folder / name if (folder / name).is_file() else Path(name).resolve()
             if not file.is_file():
                 raise ValueError(f"{name} is missing")
-            pictures.append((file, records.get(file.name, {}) | {"text": text, "url": url}))
+            values = {"file_name": Path(os.path.relpath(file, folder)).as_posix(), "text": text, "url": url}
+            pictures.append((file, records.get(file, {}) | values))
     except (OSError, ValueError, TypeError, KeyError) as error:
         problem = f"its lists and pictures do not agree ({one_line(str(error) or repr(error))})"
         raise RetrieveError(f"--class_data_dir {folder}: {problem}; remove it or give another") from error
     return pictures
 
 
-def check_replaceable(folder, pictures):
-    """Fails if `publish` could not rename the folder, or would remove files that are not of the set."""
-    if folder.is_file() or folder == Path.cwd() or os.path.ismount(folder):
-        raise RetrieveError(f"--class_data_dir {folder}: cannot be replaced; give another folder")
-    names = [*LISTS, "metadata.jsonl", "images/metadata.jsonl"] if pictures else []
-    ours = {file for file, _ in pictures} | {folder / name for name in names}
-    for file in folder.rglob("*"):
-        if not file.is_dir() and file not in ours:
-            raise RetrieveError(f"--class_data_dir {folder}: has other files ({file.name}); give another folder")
+def publish(folder, unfinished, pictures, new):
+    """Adds the new pictures, (file, record) pairs as the others are, and writes the lists.
 
-
-def publish(folder, unfinished, pictures):
-    """Puts the pictures, (file, record) pairs, and their lists in the folder's place: by renaming, so never in part."""
-    new, old = unfinished / f"new-{os.getpid()}", unfinished / "old"
-    shutil.rmtree(old, ignore_errors=True)
-    shutil.rmtree(new, ignore_errors=True)
-    (new / "images").mkdir(parents=True)
-    records = [{"file_name": None} | record for _, record in pictures]
-    for number, record in enumerate(records):
-        record["file_name"] = f"images/{number}.jpg"
-        shutil.copyfile(pictures[number][0], new / record["file_name"])
-    lists = {name: [record[key] for record in records] for name, key in LISTS.items()}
-    lists["metadata.jsonl"] = map(json.dumps, records)
-    for name, lines in lists.items():
-        (new / name).write_text("\n".join([*lines, ""]), encoding="utf-8", newline="\n")
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
+    images.txt, which says what is there, comes last: a kill before that costs nothing but doing it again.
+    """
+    (folder / "images").mkdir(exist_ok=True)
+    names = map("images/{}.jpg".format, itertools.count(len(pictures)))
+    records = [record for _, record in pictures]
+    for file, record in new:
+        content = file.read_bytes()  # that may be there already, if a run was killed
+        name = next(n for n in names if not (folder / n).exists() or (folder / n).read_bytes() == content)
+        write(folder / name, content, unfinished)
+        records.append({"file_name": name} | record)
+    write(folder / "metadata.jsonl", "".join(f"{json.dumps(record)}\n" for record in records).encode(), unfinished)
+    for name, key in LISTS.items():
+        write(folder / name, "".join(f"{record[key]}\n" for record in records).encode(), unfinished)
+    (folder / "images" / "metadata.jsonl").unlink(missing_ok=True)  # of earlier versions
 
 
 def main(args):
@@ -579,7 +541,8 @@ def main(args):
     try:
         count = retrieve(**vars(args))
     except RetrieveError as error:
-        show_traceback(error)
+        if TRACEBACK:
+            traceback.print_exception(error)
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("\nInterrupted; the same command goes on from there", file=sys.stderr)

@@ -505,34 +505,47 @@ def test_wrong_arguments(tmp_path, capsys):
     assert os.listdir(tmp_path) == []
 
 
-def test_folders_that_can_not_be_used(tmp_path, monkeypatch):
-    """A file, the working folder, a folder with other things in it, a set that does not agree with itself."""
+def test_folders_that_can_not_be_used(tmp_path):
+    """A file, and sets that do not agree with themselves: one line, and nothing is changed."""
     (tmp_path / "file").write_text("")
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "holiday.jpg").write_bytes(picture_bytes(0))
-    (tmp_path / "work").mkdir()
     (tmp_path / "torn").mkdir()
     for name, lines in (("images.txt", 2), ("caption.txt", 3), ("urls.txt", 2)):
         (tmp_path / "torn" / name).write_text("x\n" * lines)
     (tmp_path / "lost").mkdir()
     for name in ("images.txt", "caption.txt", "urls.txt"):
         (tmp_path / "lost" / name).write_text("images/0.jpg\n")
-    monkeypatch.chdir(tmp_path / "work")
-    expected = {
-        "file": "cannot be replaced",
-        "mine": "holiday.jpg",
-        "work": "cannot be replaced",
-        "torn": "do not agree",
-        "lost": "images/0.jpg",
-    }
+    expected = {"file": "Not a directory", "torn": "do not agree", "lost": "images/0.jpg is missing"}
     before = {file: file.is_file() and file.read_bytes() for file in tmp_path.rglob("*")}
     for name, problem in expected.items():
         with pytest.raises(RetrieveError, match=problem):
             retrieve("cat", tmp_path / name, 3, dataset=str(CATS))
     assert {file: file.is_file() and file.read_bytes() for file in tmp_path.rglob("*")} == before
     process = command(tmp_path / "file", "--dataset", CATS)
-    assert process.returncode == 1 and process.stderr.startswith("error: --class_data_dir")
-    assert len(process.stderr.splitlines()) == 1
+    assert process.returncode == 1 and process.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in process.stderr
+
+
+def test_growing_among_other_files(tmp_path, monkeypatch):
+    """More pictures: the first ones stay as they are. Other files stay, too, also one that has a picture's name."""
+    folder = tmp_path / "cat"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    (folder / "notes.txt").write_text("mine")
+    assert retrieve("cat", ".", 20, dataset=str(CATS)) == 20
+    others = {folder / "notes.txt": b"mine", folder / "images" / "21.jpg": picture_bytes(0)}
+    others |= {place / ".DS_Store": b"\0\0\0\1Bud1" for place in (folder, folder / "images")}
+    for file, content in others.items():
+        file.write_bytes(content)
+    lists = {name: (folder / name).read_bytes() for name in ("images.txt", "caption.txt", "urls.txt", "metadata.jsonl")}
+    files = [file for file in folder.rglob("*") if file.is_file() and file.name not in lists]
+    before = [(file.stat().st_ino, file.stat().st_mtime_ns, file.read_bytes()) for file in files]
+    assert retrieve("cat", ".", 30, dataset=str(CATS)) == 30
+    assert [(file.stat().st_ino, file.stat().st_mtime_ns, file.read_bytes()) for file in files] == before
+    assert len(files) == 20 + len(others) and others.keys() <= set(files)
+    for name, content in lists.items():
+        assert (folder / name).read_bytes().startswith(content)
+    numbers = [number for number in range(31) if number != 21]
+    assert (folder / "images.txt").read_text().splitlines() == [f"images/{number}.jpg" for number in numbers]
 
 
 def test_folder_of_the_guides_own_script(web, local, tmp_path, monkeypatch):
