@@ -79,7 +79,6 @@ def parse_args(input_args=None):
     add("--class_prompt", required=True, help='the class: "cat"; also the caption of pictures that have none')
     add("--class_data_dir", required=True, help="folder for the pictures and their captions")
     add("--num_class_images", type=int, default=200, help="number of pictures")
-
     add = parser.add_argument_group("source").add_argument
     add("--source", choices=("auto", *SOURCES), help="auto: dataset if --dataset is given, else the first that answers")
     add("--backend_url", help="knn-service of a clip-retrieval backend")
@@ -89,7 +88,6 @@ def parse_args(input_args=None):
     add("--split", help="split of the dataset")
     add("--image_column", help="column of the pictures or of their URLs; by default found by type and name")
     add("--caption_column", help="column of the captions; by default found by name")
-
     add = parser.add_argument_group("downloads").add_argument
     add("--num_workers", type=int, help="number of simultaneous downloads")
     add("--connect_timeout", type=float, help="seconds allowed to connect")
@@ -165,7 +163,7 @@ def collect(pictures, unfinished, args):
     bar = tqdm(total=args.num_class_images, initial=len(pictures), unit="picture", leave=False)
     try:
         # no more downloads than pictures are missing, so none is wasted; the results keep the source's order
-        while batch := list(itertools.islice(candidates, min(missing - len(new), 4 * args.num_workers))):
+        while batch := list(itertools.islice(candidates, min(missing - len(new), 16 * args.num_workers))):
             futures = [pool.submit(obtain, record, picture, unfinished, args) for record, picture in batch]
             for (record, _), future in zip(batch, futures, strict=True):
                 try:
@@ -246,14 +244,13 @@ def search_clip_retrieval(args):
     """Results of a clip-retrieval backend as (key, entry, picture)."""
     count, received = math.ceil(1.5 * args.num_class_images), 0
     while True:
-        query = {
+        query = json.dumps({
             "text": args.class_prompt, "image": None, "image_url": None, "embedding_input": None,
             "deduplicate": True, "use_safety_model": True, "use_violence_detector": True,
             "indice_name": args.indice_name, "use_mclip": False, "aesthetic_score": 9, "aesthetic_weight": 0.1,
             "modality": "image", "num_images": count, "num_result_ids": count,
-        }  # fmt: skip
-        headers = {"Content-Type": "application/json"}
-        entries, _ = ask(args.backend_url, "--backend_url", args, json.dumps(query).encode(), headers)
+        })  # fmt: skip
+        entries, _ = ask(args.backend_url, "--backend_url", args, query.encode(), {"Content-Type": "application/json"})
         for entry in entries[received:]:
             entry, url, picture = entry | {"text": entry.get("caption")}, one_line(entry.get("url")), None
             if not url:  # an index of local files answers the pictures themselves
@@ -289,8 +286,7 @@ def ask(url, flag, args, body=None, headers=None):
         content = fetch(url, args, False, body, headers)
         answer = json.loads(content)
         entries, pages = (answer["results"], int(answer["page_count"])) if isinstance(answer, dict) else (answer, 1)
-        entries = [entry for entry in entries if isinstance(entry, dict)]
-        entries = [entry for entry in entries if one_line(entry.get("url")) or one_line(entry.get("image"))]
+        entries = [e for e in entries if isinstance(e, dict) and (one_line(e.get("url")) or one_line(e.get("image")))]
         if not entries:
             raise Failure("found no pictures")
         return entries, pages
@@ -361,11 +357,11 @@ def open_dataset(args):
 SOURCES = {"clip-retrieval": search_clip_retrieval, "openverse": search_openverse, "dataset": read_dataset}
 
 
-def connect(host, port, args, deadline, public_only):
-    """Socket to a host; if `public_only`, never to an address that is not of the public internet."""
+def connect(host, port, args, deadline, picture):
+    """Socket to a host, to a picture's only at an address of the public internet; a search's is the user's choice."""
     error = Failure("private address")
     for *_, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-        if is_public(address[0]) or not public_only:  # the address, as a name may resolve to another later
+        if not picture or args.allow_private_hosts or is_public(address[0]):  # not the name, which may move
             try:
                 limit = min(args.connect_timeout, max(deadline - time.monotonic(), 0.001))
                 return socket.create_connection(address[:2], limit)
@@ -404,13 +400,10 @@ def exchange(url, args, picture, deadline, body, headers, redirects=MAX_REDIRECT
         if parts.scheme not in CONNECTIONS or not parts.host:
             raise ValueError
         connection = CONNECTIONS[parts.scheme](parts.host.strip("[]"), parts.port, timeout=args.timeout)
-        public_only = picture and not args.allow_private_hosts  # the host of a search is the user's own choice
-        with connect(connection.host, connection.port, args, deadline, public_only) as sock, sock.dup() as line:
-            # urllib3 adds TLS to this socket and checks the certificate for the host's name
-            connection._new_conn, connection.ssl_context = lambda: sock, TLS
-            # urllib3's timeouts are per read: a server that drips bytes would never reach them
+        with connect(connection.host, connection.port, args, deadline, picture) as sock, sock.dup() as line:
+            connection._new_conn, connection.ssl_context = lambda: sock, TLS  # with TLS, the host's name is checked
             hang_up = threading.Timer(deadline - time.monotonic(), line.shutdown, [socket.SHUT_RDWR])
-            hang_up.start()
+            hang_up.start()  # urllib3's timeouts are per read: a server that drips bytes would never reach them
             try:
                 method = "POST" if body else "GET"
                 connection.request(method, parts.request_uri, body, HEADERS | headers, preload_content=False)
@@ -497,8 +490,7 @@ def read_pictures(folder, unfinished):
         return []
     records, pictures = {}, []
     try:
-        places = (folder / "metadata.jsonl", folder / "images" / "metadata.jsonl")  # now, and in earlier versions
-        for file in filter(Path.is_file, places):
+        for file in [*folder.glob("images/metadata.jsonl"), *folder.glob("metadata.jsonl")]:  # where it was, and is
             rows = map(json.loads, file.read_text("utf-8").splitlines())
             records |= {file.parent / row["file_name"]: row for row in rows}
         lists = [(folder / name).read_text("utf-8").removesuffix("\n").split("\n") for name in LISTS]
@@ -517,15 +509,12 @@ def read_pictures(folder, unfinished):
 
 
 def publish(folder, unfinished, pictures, new):
-    """Adds the new pictures, (file, record) pairs as the others are, and writes the lists.
-
-    images.txt, which says what is there, comes last: a kill before that costs nothing but doing it again.
-    """
+    """Adds the new (file, record) pairs and writes the lists; images.txt, which says what is there, comes last."""
     (folder / "images").mkdir(exist_ok=True)
     names = map("images/{}.jpg".format, itertools.count(len(pictures)))
     records = [record for _, record in pictures]
     for file, record in new:
-        content = file.read_bytes()  # that may be there already, if a run was killed
+        content = file.read_bytes()  # a run that was killed may have put it there already
         name = next(n for n in names if not (folder / n).exists() or (folder / n).read_bytes() == content)
         write(folder / name, content, unfinished)
         records.append({"file_name": name} | record)

@@ -677,7 +677,7 @@ def test_interrupted(web, local, tmp_path):
 def test_other_arguments(web, local, dataset, tmp_path):
     """What was fetched for another class or from another source is not mixed in."""
     folder = tmp_path / "x" / "cat"
-    run(sys.executable, "-c", KILLED, dataset, input=f"20 {folder} 5\n", env=environment())
+    run(sys.executable, "-c", KILLED, dataset, input=f"12 {folder} 5\n", env=environment())
     assert any((folder / ".unfinished").glob("*.jpg")) and not (folder / "images").exists()
     urls = web.add_pictures(23, start=20)[:3]
     web.add_backend(urls)
@@ -686,13 +686,21 @@ def test_other_arguments(web, local, dataset, tmp_path):
 
 
 def test_full_disk(dataset, tmp_path):
-    """One line, exit status 1, no half-written picture; with room again the run goes on."""
+    """One line, exit status 1, no half-written picture or list; with room again the run goes on."""
+    folder = tmp_path / "x" / "cat"
+    for file in dataset.glob("*.txt"):
+        file.write_text(f"cat {'x' * 700}")
     code = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    words = [sys.executable, "-c", code, SCRIPT, "--class_prompt", "cat", "--class_data_dir", tmp_path / "x" / "cat"]
-    words += ["--dataset", dataset, "--num_class_images", "5"]
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # noqa: E731
-    process = run(*words, preexec_fn=limit)
-    assert process.returncode == 1 and "Traceback" not in process.stderr
-    assert process.stderr.strip().splitlines()[-1].endswith("File too large; fix this and run the same command again")
-    assert taken(tmp_path / "x" / "cat") is None
-    assert run(*words).returncode == 0 and len(read_set(tmp_path / "x" / "cat")) == 5
+    words = [sys.executable, "-c", code, SCRIPT, "--class_prompt", "cat", "--class_data_dir", folder]
+    words += ["--dataset", dataset, "--num_class_images"]
+    start = None
+    for count, room in ((2, 1000), (6, 4000)):  # too little for a picture, and for a list of six
+        limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))  # noqa: B023, E731
+        process = run(*words, str(count), preexec_fn=limit)
+        assert process.returncode == 1 and "Traceback" not in process.stderr
+        last = process.stderr.strip().splitlines()[-1]
+        assert last.endswith("File too large; fix this and run the same command again")
+        assert taken(folder) == start and (folder / "images" / "5.jpg").exists() == bool(start)
+        assert run(*words, str(count)).returncode == 0 and len(read_set(folder)) == count
+        assert contents(folder)[:2] == (start or contents(folder))
+        start = contents(folder)
