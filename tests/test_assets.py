@@ -39,19 +39,20 @@ def test_instance_pictures(name):
 
 @pytest.mark.parametrize("name", ["cat", "pot"])
 def test_class_pictures(name):
-    """200 pictures with captions, in the layout that retrieve.py writes, and metadata for datasets."""
+    """200 pictures with captions in the layout that retrieve.py writes; images/ holds pictures only."""
     folder = ASSETS / "regularization" / name
     lists = {kind: (folder / kind).read_text().splitlines() for kind in ("images.txt", "caption.txt", "urls.txt")}
     assert {len(lines) for lines in lists.values()} == {200}
     metadata = {}
-    for line in (folder / "images" / "metadata.jsonl").read_text().splitlines():
+    for line in (folder / "metadata.jsonl").read_text().splitlines():
         row = json.loads(line)
         metadata[row["file_name"]] = row
-    assert len(metadata) == 200
+    assert list(metadata) == lists["images.txt"]
+    assert {f"images/{file.name}" for file in (folder / "images").iterdir()} == metadata.keys()
     for path, caption in zip(lists["images.txt"], lists["caption.txt"], strict=True):
         file = next(file for file in (ROOT / path, folder / path) if file.is_file())
         assert Image.open(file).size == (128, 128)
-        assert name in caption.split() and caption in metadata[file.name].values()
+        assert name in caption.split() and caption in metadata[path].values()
 
 
 def test_concept_list():

@@ -89,12 +89,12 @@ BROKEN = {
 }
 SAYS = {
     "502": "HTTP 502",
-    "html": "answered no JSON ('<html> moved</html>')",
-    "empty": "answered a list without pictures",
-    "no urls": "answered a list without pictures",
-    "no list": "answered no list of results",
-    "moved": "moved to https://elsewhere.example/",
-    "down": "no connection",
+    "html": "answered no list of results ('<html> moved</html>')",
+    "empty": "found no pictures",
+    "no urls": "found no pictures",
+    "no list": 'answered no list of results (\'{"message": "Internal Server Error"}\')',
+    "moved": "HTTP 301",
+    "down": "connection failed",
 }
 
 
@@ -122,7 +122,7 @@ def test_nothing_answers(local, tmp_path):
     process = command(tmp_path / "x" / "cat", *flags(backend_url=down, openverse_url=down, retries=0))
     assert process.returncode == 1
     (line,) = process.stderr.splitlines()
-    assert line.startswith("error: --openverse_url") and "no connection" in line and "--source" in line
+    assert line.startswith("error: --openverse_url") and "connection failed" in line and "--source" in line
     assert not (tmp_path / "x").exists()
 
 
@@ -175,7 +175,7 @@ def test_fewer_than_asked_for(web, local, tmp_path):
     web.add_backend(urls[:3])
     words = flags(num_class_images=5, source="clip-retrieval", **local)
     process = command(tmp_path / "cat", *words)
-    assert process.returncode == 1 and "only 3 of 5 pictures" in process.stderr.splitlines()[-1]
+    assert process.returncode == 1 and "found only 3 of 5 pictures" in process.stderr.splitlines()[-1]
     before = read_set(tmp_path / "cat")
     web.add_backend(urls[2:] + urls[:3])
     process = command(tmp_path / "cat", *words)
@@ -200,7 +200,7 @@ def test_openverse(web, local, tmp_path, monkeypatch):
     found = read_set(tmp_path / "cat")
     assert [row[2] for row in found] == urls[:110:2]
     assert found[1][3] | {"pixel_sha256": ""} == {
-        "file_name": "1.jpg",
+        "file_name": "images/1.jpg",
         "text": "Cat 2",
         "url": urls[2],
         "license": "by-sa 2.0",
@@ -407,12 +407,12 @@ def test_unusable_datasets(tmp_path, monkeypatch):
     (tmp_path / "notes.csv").write_text("text\ncat\n")
     monkeypatch.chdir(tmp_path)
     expected = {
-        "plain": "its columns are image; say which one with --caption_column",
-        "empty": "can't be read",
-        "broken.parquet": "can't be read",
+        "plain": "its columns are image; choose with --image_column and --caption_column",
+        "empty": "",
+        "broken.parquet": "Parquet",
         "notes.csv": "give a .parquet or a webdataset .tar file, or a folder",
-        "no/such/folder": "can't be read",
-        "somebody/something": "can't be read",
+        "no/such/folder": "no/such/folder",
+        "somebody/something": "somebody/something",
     }
     for name, problem in expected.items():
         with pytest.raises(RetrieveError) as error:
@@ -480,12 +480,12 @@ WRONG = {
     "--num_class_images=0": "give 1 or more",
     "--num_workers=0": "give 1 or more",
     "--retries=-1": "give 0 or more",
-    "--timeout=0": "a number of seconds above 0",
-    "--connect_timeout=nan": "a number of seconds above 0",
+    "--timeout=0": "give 0.1 or more",
+    "--timeout=inf": "out of range",
+    "--connect_timeout=nan": "give 0.1 or more",
     "--source=laion": "invalid choice",
-    "--source=dataset": "needs --dataset",
-    "--source=openverse --dataset=x": "leave one of them out",
-    "--backend_url=ftp://x": "http:// or https://",
+    "--source=dataset": "contradict each other",
+    "--source=openverse --dataset=x": "contradict each other",
     "--class_prompt=": "is empty",
     "--images=3": "unrecognized",
 }
@@ -497,41 +497,56 @@ def test_wrong_arguments(tmp_path, capsys):
             parse_args(["--class_prompt=cat", f"--class_data_dir={tmp_path / 'cat'}", *words.split()])
         (line,) = capsys.readouterr().err.splitlines()
         assert end.value.code == 2 and problem in line
-    with pytest.raises(ValueError, match="--num_workers is 0"):
-        retrieve("cat", tmp_path / "cat", 1, num_workers=0)
+    with pytest.raises(ValueError, match="contradict each other"):
+        retrieve("cat", tmp_path / "cat", 1, dataset="x", source="openverse")
+    with pytest.raises(RetrieveError, match=r"not an http\(s\) URL"):
+        retrieve("cat", tmp_path / "cat", 1, backend_url="ftp://x", source="clip-retrieval")
     with pytest.raises(TypeError):
         retrieve("cat", tmp_path / "cat", 1, num_wrokers=1)
     assert os.listdir(tmp_path) == []
 
 
-def test_folders_that_can_not_be_used(tmp_path, monkeypatch):
-    """A file, the working folder, a folder with other things in it, a set that does not agree with itself."""
+def test_folders_that_can_not_be_used(tmp_path):
+    """A file, and sets that do not agree with themselves: one line, and nothing is changed."""
     (tmp_path / "file").write_text("")
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "holiday.jpg").write_bytes(picture_bytes(0))
-    (tmp_path / "work").mkdir()
     (tmp_path / "torn").mkdir()
     for name, lines in (("images.txt", 2), ("caption.txt", 3), ("urls.txt", 2)):
         (tmp_path / "torn" / name).write_text("x\n" * lines)
     (tmp_path / "lost").mkdir()
     for name in ("images.txt", "caption.txt", "urls.txt"):
         (tmp_path / "lost" / name).write_text("images/0.jpg\n")
-    monkeypatch.chdir(tmp_path / "work")
-    expected = {
-        "file": "a file",
-        "mine": "holiday.jpg",
-        "work": "inside it",
-        "torn": "2, 3 and 2",
-        "lost": "images/0.jpg",
-    }
+    expected = {"file": "Not a directory", "torn": "do not agree", "lost": "images/0.jpg is missing"}
     before = {file: file.is_file() and file.read_bytes() for file in tmp_path.rglob("*")}
     for name, problem in expected.items():
         with pytest.raises(RetrieveError, match=problem):
             retrieve("cat", tmp_path / name, 3, dataset=str(CATS))
     assert {file: file.is_file() and file.read_bytes() for file in tmp_path.rglob("*")} == before
     process = command(tmp_path / "file", "--dataset", CATS)
-    assert process.returncode == 1 and process.stderr.startswith("error: --class_data_dir")
-    assert len(process.stderr.splitlines()) == 1
+    assert process.returncode == 1 and process.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in process.stderr
+
+
+def test_growing_among_other_files(tmp_path, monkeypatch):
+    """More pictures: the first ones stay as they are. Other files stay, too, also one that has a picture's name."""
+    folder = tmp_path / "cat"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    (folder / "notes.txt").write_text("mine")
+    assert retrieve("cat", ".", 20, dataset=str(CATS)) == 20
+    others = {folder / "notes.txt": b"mine", folder / "images" / "21.jpg": picture_bytes(0)}
+    others |= {place / ".DS_Store": b"\0\0\0\1Bud1" for place in (folder, folder / "images")}
+    for file, content in others.items():
+        file.write_bytes(content)
+    lists = {name: (folder / name).read_bytes() for name in ("images.txt", "caption.txt", "urls.txt", "metadata.jsonl")}
+    files = [file for file in folder.rglob("*") if file.is_file() and file.name not in lists]
+    before = [(file.stat().st_ino, file.stat().st_mtime_ns, file.read_bytes()) for file in files]
+    assert retrieve("cat", ".", 30, dataset=str(CATS)) == 30
+    assert [(file.stat().st_ino, file.stat().st_mtime_ns, file.read_bytes()) for file in files] == before
+    assert len(files) == 20 + len(others) and others.keys() <= set(files)
+    for name, content in lists.items():
+        assert (folder / name).read_bytes().startswith(content)
+    numbers = [number for number in range(31) if number != 21]
+    assert (folder / "images.txt").read_text().splitlines() == [f"images/{number}.jpg" for number in numbers]
 
 
 def test_folder_of_the_guides_own_script(web, local, tmp_path, monkeypatch):
@@ -548,6 +563,80 @@ def test_folder_of_the_guides_own_script(web, local, tmp_path, monkeypatch):
     web.add_backend(web.add_pictures(4), ["again", "again", "three", "four"])
     assert retrieve("cat", "reg/cat", 4, source="clip-retrieval", **local) == 4
     assert [row[1] for row in read_set(folder)] == ["one", "two", "three", "four"]
+
+
+def test_folder_of_an_earlier_version(tmp_path, offline):
+    """It kept metadata.jsonl in images/: the folder can still be complete, be added to, and be a dataset."""
+    folder = tmp_path / "cat"
+    retrieve("cat", folder, 3, dataset=str(CATS))
+    expected = read_set(folder)
+    rows = [row | {"file_name": row["file_name"].removeprefix("images/")} for *_, row in expected]
+    (folder / "images" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "metadata.jsonl").unlink()
+    pictures = [file.read_bytes() for file, *_ in expected]
+    retrieve("cat", tmp_path / "copy", 3, dataset=str(folder))
+    assert [row[0].read_bytes() for row in read_set(tmp_path / "copy")] == pictures
+    before = {file: file.stat() for file in folder.rglob("*")}
+    assert retrieve("cat", folder, 3) == 3 and {file: file.stat() for file in folder.rglob("*")} == before
+    assert retrieve("cat", folder, 4, dataset=str(CATS)) == 4
+    found = read_set(folder)  # in today's layout
+    assert [row for *_, row in found[:3]] == [row for *_, row in expected]
+    assert [file.read_bytes() for file, *_ in found[:3]] == pictures
+
+
+# The run
+
+
+def test_order_does_not_depend_on_timing(web, local, tmp_path):
+    """The first urls are the slowest, and a duplicate comes before its original: one result, however many workers."""
+    urls = web.add_pictures(20)
+    web.routes["/2.jpg"] = web.routes["/9.jpg"]
+    routes = dict(web.routes)
+
+    def delayed(number):
+        def answer(handler):
+            time.sleep((20 - number) * 0.01)
+            handler.answer(routes[f"/{number}.jpg"])
+
+        return answer
+
+    web.routes |= {f"/{number}.jpg": delayed(number) for number in range(20)}
+    web.add_backend(urls)
+    results = []
+    for workers in (1, 16):
+        folder = tmp_path / str(workers)
+        retrieve("cat", folder, 15, source="clip-retrieval", num_workers=workers, **local)
+        results.append([(file.read_bytes(), caption, url) for file, caption, url, _ in read_set(folder)])
+    assert results[0] == results[1]
+    assert [url for *_, url in results[0]] == urls[:9] + urls[10:16]
+    assert web.asked.total() - web.asked["/knn-service"] == 2 * 16  # none in vain
+
+
+def test_duplicates_are_found_in_an_existing_folder(web, local, tmp_path):
+    """Also a PNG again, though the folder holds it as a JPEG, whose pixels differ."""
+    web.add_pictures(1)
+    for name in ("a", "b"):
+        web.routes[f"/{name}.png"] = (200, {"Content-Type": "image/png"}, picture_bytes(1, "PNG"))
+    web.add_backend([web.url("/a.png")])
+    retrieve("cat", tmp_path / "cat", 1, source="clip-retrieval", **local)
+    web.add_backend([web.url("/b.png"), web.url("/0.jpg")])
+    assert retrieve("cat", tmp_path / "cat", 3, source="clip-retrieval", **local) == 2
+    assert [row[2] for row in read_set(tmp_path / "cat")] == [web.url("/a.png"), web.url("/0.jpg")]
+
+
+def test_traceback_of_the_cause(web, local, tmp_path):
+    """CUSTOM_DIFFUSION_TRACEBACK shows what is behind the one line, and behind a failed candidate."""
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 no parquet")
+    web.routes["/0.jpg"] = (200, {}, b"no picture")
+    web.add_backend([web.url("/0.jpg")])
+    cases = {"pyarrow.lib.ArrowInvalid": {"dataset": tmp_path / "broken.parquet"}, "PIL.UnidentifiedImageError": local}
+    for cause, options in cases.items():
+        process = command(tmp_path / "cat", *flags(**options))
+        assert process.returncode == 1 and "Traceback" not in process.stderr
+        env = os.environ | {"CUSTOM_DIFFUSION_TRACEBACK": "1"}
+        last = process.stderr.splitlines()[-1]
+        process = command(tmp_path / "cat", *flags(**options), env=env)
+        assert process.returncode == 1 and cause in process.stderr and process.stderr.splitlines()[-1] == last
 
 
 # The trainer

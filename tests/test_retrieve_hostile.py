@@ -1,20 +1,34 @@
-"""retrieve.py against servers that mean harm: each costs one candidate, never the run; private hosts are left alone."""
+"""retrieve.py against harm: hostile servers, private hosts, and being killed at any moment.
 
+A server costs one candidate, never the run; private hosts are left alone; after a kill nothing torn is seen, and
+nothing is fetched twice.
+"""
+
+import contextlib
+import gzip
 import io
 import json
 import os
+import random
+import resource
+import shutil
+import signal
 import socket
 import ssl
+import subprocess
+import sys
+import threading
 import time
 import zlib
+from collections import Counter
+from subprocess import PIPE
 
 import pytest
 from launching import flags, run
 from pictures import make_picture
-from web import Web, command, picture_bytes, read_set
+from web import SCRIPT, Web, command, picture_bytes, read_set
 
-import retrieve as script
-from retrieve import is_public, retrieve
+from retrieve import RetrieveError, is_public, retrieve
 
 
 def send(handler, *chunks, pause=0.0):
@@ -76,18 +90,20 @@ def picture_file(form, seed=0, size=80, **options):
 
 
 JPEG = {"Content-Type": "image/jpeg"}
+GZIP = JPEG | {"Content-Encoding": "gzip"}
+BOMB = gzip.compress(gzip.compress(bytes(10**8)))
 HOSTILE = {  # path -> route, and how the summary counts it (None: it gives a picture)
     "endless": (endless(b"x" * 65536), "too large"),
     "slow": (endless(b"x", pause=0.2), "timed out"),
     "slow-headers": (endless(b"X", 0.2, b"HTTP/1.1 200 OK\r\n"), "timed out"),
-    "many-headers": (endless(b"X: y\r\n", 0, b"HTTP/1.1 200 OK\r\n"), "no connection"),
+    "many-headers": (endless(b"X: y\r\n", 0, b"HTTP/1.1 200 OK\r\n"), "connection failed"),
     "continue": (endless(b"HTTP/1.1 100 Continue\r\n\r\n", 0.01, b""), "timed out"),
     "silent": (lambda handler: time.sleep(10), "timed out"),
     "huge": (says(Content_Length=10 * 2**30), "too large"),
-    "cut-off": (says(Content_Length=5000, Connection="close"), "cut off"),
-    "chunks": (says(Transfer_Encoding="chunked", Connection="close"), "no connection"),
-    "no-http": (lambda handler: send(handler, b"220 smtp ready\r\n"), "no connection"),
-    "text": ((200, {"Content-Type": "text/html"}, b"<html>a cat</html>"), "no picture"),
+    "cut-off": (says(Content_Length=5000, Connection="close"), "connection failed"),
+    "chunks": (says(Transfer_Encoding="chunked", Connection="close"), "connection failed"),
+    "no-http": (lambda handler: send(handler, b"220 smtp ready\r\n"), "connection failed"),
+    "text": ((200, {"Content-Type": "text/html"}, b"<html>a cat</html>"), "not a picture"),
     "html-called-jpeg": ((200, JPEG, b"<html>a cat</html>"), "not a readable picture"),
     "svg": (
         (200, {"Content-Type": "image/svg+xml"}, b"<svg xmlns='http://www.w3.org/2000/svg'/>"),
@@ -97,14 +113,17 @@ HOSTILE = {  # path -> route, and how the summary counts it (None: it gives a pi
     "other-format": ((200, JPEG, picture_file("PCX")), "not a readable picture"),
     "nothing": ((200, JPEG, b""), "not a readable picture"),
     "truncated": ((200, JPEG, picture_bytes(901)[:-200]), "not a readable picture"),
-    "bomb": ((200, {"Content-Type": "image/png"}, png(30000, 30000)), "too many pixels"),
+    "bomb": ((200, {"Content-Type": "image/png"}, png(30000, 30000)), "not a readable picture"),
     "small-bomb": ((200, {"Content-Type": "image/png"}, png(8000, 8000)), "too many pixels"),
     "tiny": ((200, JPEG, picture_file("JPEG", size=63)), "too small"),
     "loop": ((302, {"Location": "/loop.jpg"}, b""), "too many redirects"),
-    "to-file": ((302, {"Location": "file:///etc/passwd"}, b""), "not an http address"),
-    "to-ftp": ((302, {"Location": "ftp://127.0.0.1/x.jpg"}, b""), "not an http address"),
-    "to-nowhere": ((302, {"Location": "http://[::1"}, b""), "not an http address"),
+    "to-file": ((302, {"Location": "file:///etc/passwd"}, b""), "not an http(s) URL"),
+    "to-ftp": ((302, {"Location": "ftp://127.0.0.1/x.jpg"}, b""), "not an http(s) URL"),
+    "to-nowhere": ((302, {"Location": "http://[::1"}, b""), "not an http(s) URL"),
     "redirect-without-end": (endless(b"x", 0, b"HTTP/1.0 302 Found\r\nLocation: /missing.jpg\r\n\r\n"), "HTTP 404"),
+    "gzip-bomb": ((200, GZIP, gzip.compress(bytes(10**8))), "too large"),
+    "gzip-bomb-in-a-bomb": ((200, GZIP | {"Content-Encoding": "gzip, gzip"}, BOMB), "too large"),
+    "no-gzip": ((200, GZIP, b"no gzip"), "connection failed"),
     "noai": ((200, JPEG | {"X-Robots-Tag": "noindex, NoAI"}, picture_bytes(902)), "noai"),
     "noimageai": ((200, JPEG | {"X-Robots-Tag": "otherbot: noimageai"}, picture_bytes(903)), "noai"),
     "same-bytes": (picture_bytes(0), "duplicate"),
@@ -113,6 +132,7 @@ HOSTILE = {  # path -> route, and how the summary counts it (None: it gives a pi
     "missing": ((404, {}, b""), "HTTP 404"),
     "moved": ((301, {"Location": "/really/moved.jpg"}, b""), None),
     "flaky": (flaky, None),
+    "gzip": ((200, GZIP, gzip.compress(picture_bytes(104))), None),
     "untyped": ((200, {"Content-Type": "application/octet-stream"}, picture_bytes(101)), None),
     "trailing-noaim": ((200, JPEG | {"X-Robots-Tag": "noaim"}, picture_bytes(102)), None),
 }
@@ -141,7 +161,7 @@ def test_hostile_servers(web, local, tmp_path, capsys):
 
     summary = capsys.readouterr().out.split("Skipped ")[1].splitlines()[0].split(": ")[1]
     counted = {kind: int(number) for number, _, kind in (item.partition(" ") for item in summary.split(", "))}
-    kinds = [kind for _, kind in HOSTILE.values() if kind] + ["HTTP 404"] * 60 + ["not an http address"] * 3
+    kinds = [kind for _, kind in HOSTILE.values() if kind] + ["HTTP 404"] * 60 + ["not an http(s) URL"] * 3
     assert counted == {kind: kinds.count(kind) for kind in kinds}
 
 
@@ -158,19 +178,36 @@ def test_which_addresses_are_public():
     assert [address for address in PUBLIC.split() if not is_public(address)] == []
 
 
+NAMES = {"public.example": ["93.184.216.34"], "private.example": ["127.0.0.1"], "mapped.example": ["::ffff:127.0.0.1"]}
+
+
 @pytest.fixture
 def contacts(monkeypatch):
-    """Every address that a socket connects to is noted, and refused unless it is on loopback."""
-    made = []
+    """An internet whose host 93.184.216.34 is this machine; the list of all addresses that sockets connect to.
+
+    `NAMES` resolve as there; a list of several lists gives another answer each time.
+    """
+    made, look_up = [], socket.getaddrinfo
 
     class Watched(socket.socket):
         def connect(self, address):
             made.append(address[0])
-            if not address[0].startswith("127."):
+            if address[0] == "8.8.4.4":  # where nobody answers
+                time.sleep(self.gettimeout())
+                raise TimeoutError
+            if address[0] not in ("93.184.216.34", "127.0.0.1"):
                 raise ConnectionRefusedError
-            super().connect(address)
+            super().connect(("127.0.0.1", address[1]))
 
-    monkeypatch.setattr(script.socket, "socket", Watched)
+    def resolve(host, port, *words, **options):
+        addresses = NAMES.get(host)
+        if not addresses:
+            return look_up(host, port, *words, **options)
+        kinds = [(a, socket.AF_INET6 if ":" in a else socket.AF_INET) for a in addresses]
+        return [(kind, socket.SOCK_STREAM, 6, "", (address, port)) for address, kind in kinds]
+
+    monkeypatch.setattr(socket, "socket", Watched)
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
     return made
 
 
@@ -204,26 +241,27 @@ def test_private_hosts_as_a_process(web, tmp_path):
     assert set(web.asked) == {"/knn-service"}
 
 
-def test_redirects_to_private_hosts(web, local, tmp_path, monkeypatch, capsys):
-    """A public server (127.0.0.1 stands in for one) redirects to private ones, which never hear of it."""
-    inside = Web("127.0.0.2")
+def test_redirects_to_private_hosts(web, local, contacts, tmp_path, monkeypatch, capsys):
+    """A public server redirects to private ones, which never hear of it."""
+    inside = Web()
     try:
         inside.routes["/0.jpg"] = picture_bytes(0)
-        host = f"http://127.0.0.2:{inside.server_port}"
-        web.routes["/there.jpg"] = (302, {"Location": f"{host}/0.jpg"}, b"")
-        web.routes["/name.jpg"] = (307, {"Location": f"//localhost:{inside.server_port}/0.jpg"}, b"")
-        web.routes["/twice.jpg"] = (301, {"Location": "/there.jpg"}, b"")
-        good = web.add_pictures(1)
-        backend_answers(web, [web.url("/there.jpg"), web.url("/name.jpg"), web.url("/twice.jpg"), *good])
-        monkeypatch.setattr(script, "is_public", lambda address: address == "127.0.0.1")
-        names = {"localhost": "127.0.0.2"}
-        look_up = socket.getaddrinfo
-        monkeypatch.setattr(script.socket, "getaddrinfo", lambda h, *a, **k: look_up(names.get(h, h), *a, **k))
-        options = local | {"allow_private_hosts": False}
-        assert retrieve("cat", tmp_path / "cat", 4, source="clip-retrieval", **options) == 1
-        assert inside.connections == 0 and "3 private address" in capsys.readouterr().out
-        # the same ways lead to the pictures where that is allowed
-        assert retrieve("cat", tmp_path / "b", 1, source="clip-retrieval", **local) == 1
+        hosts = ("127.0.0.1", "localhost", "[::1]", "private.example", "mapped.example")
+        for number, host in enumerate(hosts):
+            location = {"Location": f"http://{host}:{inside.server_port}/0.jpg"}
+            web.routes[f"/to/{number}.jpg"] = (302, location, b"")
+        web.routes["/twice.jpg"] = (301, {"Location": "/to/0.jpg"}, b"")
+        web.routes["/slashes.jpg"] = (307, {"Location": f"//localhost:{inside.server_port}/0.jpg"}, b"")
+        web.add_pictures(1)
+        paths = [*(f"/to/{number}.jpg" for number in range(len(hosts))), "/twice.jpg", "/slashes.jpg", "/0.jpg"]
+        public = f"http://public.example:{web.server_port}"
+        backend_answers(web, [public + path for path in paths])
+        options = {"source": "clip-retrieval", **local}
+        assert retrieve("cat", tmp_path / "cat", 9, **options | {"allow_private_hosts": False}) == 1
+        assert inside.connections == 0 and "7 private address" in capsys.readouterr().out
+        assert contacts.count("127.0.0.1") == web.asked["/knn-service"]
+        # the same ways lead to the picture where that is allowed
+        assert retrieve("cat", tmp_path / "b", 1, **options) == 1
         assert inside.connections == 1
     finally:
         inside.shutdown()
@@ -232,33 +270,31 @@ def test_redirects_to_private_hosts(web, local, tmp_path, monkeypatch, capsys):
 
 def test_names_that_change_their_address(web, local, contacts, tmp_path, monkeypatch):
     """DNS rebinding: public when it is checked, private ever after. What was checked is what is connected to."""
-    answers, asked, look_up = iter(["93.184.216.34"]), [], socket.getaddrinfo
+    answers, asked, resolve = iter(["93.184.216.34"]), [], socket.getaddrinfo
 
     def rebinding(host, port, *words, **options):
         if host != "rebind.example":
-            return look_up(host, port, *words, **options)
+            return resolve(host, port, *words, **options)
         asked.append(host)
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (next(answers, "127.0.0.1"), port))]
 
-    monkeypatch.setattr(script.socket, "getaddrinfo", rebinding)
-    web.add_pictures(1)
+    monkeypatch.setattr(socket, "getaddrinfo", rebinding)
+    web.routes["/0.jpg"] = (503, {}, b"")
     backend_answers(web, [f"http://rebind.example:{web.server_port}/0.jpg"])
     options = local | {"allow_private_hosts": False, "retries": 2}
     assert retrieve("cat", tmp_path / "cat", 1, source="clip-retrieval", **options) == 0
-    assert contacts.count("93.184.216.34") == 1 and len(asked) == 2  # refused there, tried again, refused here
-    assert "/0.jpg" not in web.asked
+    # asked at the public address, tried again, and refused there
+    assert contacts.count("93.184.216.34") == 1 and len(asked) == 2 and web.asked["/0.jpg"] == 1
 
 
 def test_mixed_addresses(web, local, contacts, tmp_path, monkeypatch):
-    """Of a name with public and private addresses only the public ones are tried."""
-    mixed = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (a, 80)) for a in ("10.0.0.1", "93.184.216.34", "127.0.0.1")]
-    look_up = socket.getaddrinfo
-    monkeypatch.setattr(
-        script.socket, "getaddrinfo", lambda h, *w, **o: mixed if h == "mixed.example" else look_up(h, *w, **o)
-    )
-    backend_answers(web, ["http://mixed.example/0.jpg"])
-    retrieve("cat", tmp_path / "cat", 1, source="clip-retrieval", **local | {"allow_private_hosts": False})
-    assert [address for address in contacts if address != "127.0.0.1"] == ["93.184.216.34"]
+    """Of a name with public and private addresses only the public ones are tried, one after another."""
+    monkeypatch.setitem(NAMES, "mixed.example", ["10.0.0.1", "8.8.8.8", "93.184.216.34", "127.0.0.1"])
+    web.add_pictures(1)
+    backend_answers(web, [f"http://mixed.example:{web.server_port}/0.jpg"])
+    options = local | {"allow_private_hosts": False}
+    assert retrieve("cat", tmp_path / "cat", 1, source="clip-retrieval", **options) == 1
+    assert [address for address in contacts if address != "127.0.0.1"] == ["8.8.8.8", "93.184.216.34"]
 
 
 def test_proxies_and_netrc_are_not_used(web, local, tmp_path, monkeypatch):
@@ -312,16 +348,45 @@ def test_certificates(web, tmp_path):
         secure.server_close()
 
 
+def test_many_slow_addresses(web, local, contacts, tmp_path, monkeypatch, capsys):
+    """A name with many addresses that nobody answers at costs no more than --timeout."""
+    monkeypatch.setitem(NAMES, "slow.example", ["8.8.4.4"] * 100)
+    backend_answers(web, ["http://slow.example/0.jpg"])
+    start = time.monotonic()
+    retrieve("cat", tmp_path / "cat", 1, source="clip-retrieval", **local | {"timeout": 1.0, "connect_timeout": 0.3})
+    assert time.monotonic() - start < 3 and "1 timed out" in capsys.readouterr().out
+    assert 3 <= contacts.count("8.8.4.4")
+
+
+def test_slow_handshake(web, local, tmp_path, capsys):
+    """A TLS server that sends a byte now and then costs no more than --timeout."""
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def drip():
+        connection, _ = server.accept()
+        with connection, contextlib.suppress(OSError):
+            connection.sendall(b"\x16\x03\x03\x40\x00")
+            for _ in range(100):
+                connection.sendall(b"\x02")
+                time.sleep(0.1)
+
+    threading.Thread(target=drip, daemon=True).start()
+    backend_answers(web, [f"https://127.0.0.1:{server.getsockname()[1]}/0.jpg"])
+    start = time.monotonic()
+    retrieve("cat", tmp_path / "cat", 1, source="clip-retrieval", **local | {"timeout": 1.0})
+    assert time.monotonic() - start < 5 and "1 timed out" in capsys.readouterr().out
+    server.close()
+
+
 @pytest.mark.parametrize("answer", ["endless", "slow", "deep"])
-def test_hostile_search(answer, web, local, tmp_path, monkeypatch):
+def test_hostile_search(answer, web, local, tmp_path):
     """The search service, too, may answer without end, slowly, or JSON that is deeper than a stack."""
-    monkeypatch.setattr(script, "MAX_ANSWER_BYTES", 300_000)
     start = b"HTTP/1.0 200 OK\r\n\r\n["
     routes = {"endless": endless(b" " * 65536, 0, start), "slow": endless(b" ", 0.2, start)}
     web.routes["/knn-service"] = routes.get(answer, (200, {}, b"[" * 100_000))
     web.routes["/v1/images/"] = (200, {}, b"[]")
     began = time.monotonic()
-    with pytest.raises(script.RetrieveError):
+    with pytest.raises(RetrieveError):
         retrieve("cat", tmp_path / "cat", 1, **local | {"timeout": 1.0})
     assert time.monotonic() - began < 10
 
@@ -336,3 +401,307 @@ def test_endless_search(web, local, tmp_path):
     web.routes["/knn-service"] = route
     assert retrieve("cat", tmp_path / "cat", 3, source="clip-retrieval", **local) == 0
     assert web.asked.total() - web.asked["/knn-service"] == 60
+
+
+# Killed and started again
+
+# For each line "n folder count": runs retrieve in a child that kills itself at its n-th operation on the folder, if it
+# gets that far; answers the child's exit status. Forking saves the imports.
+KILLED = """
+import os, signal, sys
+from retrieve import retrieve
+
+def kill_at(n):
+    def hook(event, args):
+        nonlocal n
+        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"):
+            n -= "/cat" in str(args)
+        if n == 0:
+            n = -1  # the kill is an event, too
+            os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(hook)
+
+for line in sys.stdin:
+    n, folder, count = line.split()
+    child = os.fork()
+    if not child:
+        sys.stderr = sys.stdout = open(os.devnull, "w")
+        kill_at(int(n))
+        retrieve("cat", folder, int(count), dataset=sys.argv[1], num_workers=2)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """A folder with pictures of six cats, one of them twice, and .txt captions: needs no heavy imports."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for number, seed in enumerate((0, 1, 0, 2, 3, 4, 5)):
+        (folder / f"{number}.jpg").write_bytes(picture_bytes(seed))
+        (folder / f"{number}.txt").write_text(f"cat {number}")
+    return folder
+
+
+def contents(folder):
+    """Pictures, captions and urls of a finished folder. Fails unless all of it agrees."""
+    return [(file.read_bytes(), caption, url) for file, caption, url, _ in read_set(folder)]
+
+
+def taken(folder):
+    """Pictures, captions and urls of a folder as the trainer takes them; None where it says to run retrieve.py."""
+    if not (folder / "images.txt").exists():
+        return None
+    lists = [(folder / name).read_text().splitlines() for name in ("images.txt", "caption.txt", "urls.txt")]
+    if len(lists[0]) != len(lists[1]):
+        return None
+    return [((folder / name).read_bytes(), caption, url) for name, caption, url in zip(*lists, strict=False)]
+
+
+@pytest.mark.parametrize("before", [0, 2])
+def test_killed_at_every_operation(before, dataset, tmp_path):
+    """Killed at its first, second, … operation on files, from nothing or from a smaller set.
+
+    Each time the trainer finds what it was, nothing, or all of it; and the next run ends as if nothing had been.
+    """
+    older, first, expected = tmp_path / "older", tmp_path / "first" / "cat", tmp_path / "expected"
+    older.mkdir()
+    for number in range(2):
+        (older / f"{number}.jpg").write_bytes(picture_bytes(100 + number))
+        (older / f"{number}.txt").write_text("an old cat")
+    retrieve("cat", first, 2, dataset=str(older))
+    if before:
+        shutil.copytree(first, expected)
+    retrieve("cat", expected, 3, dataset=str(dataset))
+    expected, start, states = contents(expected), contents(first), Counter()
+    assert len(expected) == 3 and (expected[:2] == start) == bool(before)
+    driver = [sys.executable, "-c", KILLED, dataset]
+    with subprocess.Popen(driver, env=environment(), stdin=PIPE, stdout=PIPE, text=True, bufsize=1) as process:
+        for operation in range(1, 200):
+            folder = tmp_path / str(operation) / "cat"
+            if before:
+                shutil.copytree(first, folder)
+            process.stdin.write(f"{operation} {folder} 3\n")
+            status, found = int(process.stdout.readline()), taken(folder)
+            if status == 0:
+                assert found == expected
+                break
+            assert status == -signal.SIGKILL
+            assert found in (None, expected) or before and found == start
+            states["none" if found is None else len(found)] += 1
+            assert retrieve("cat", folder, 3, dataset=str(dataset)) == 3
+            assert contents(folder) == expected and os.listdir(folder.parent) == ["cat"]
+            shutil.rmtree(folder.parent)
+        process.stdin.close()
+    assert operation > 20 and states[3] >= 1 and states["none"] >= (2 if before else 10)
+    assert states[before] >= 10 or not before
+
+
+# Says so and waits before it puts a file of the name in STOP_AT in its place.
+STOP = """
+import os, time
+replace = os.replace
+
+def slow(source, target):
+    if str(target).endswith(os.environ["STOP_AT"]):
+        os.close(os.open(os.environ["STOPPED"], os.O_CREAT))
+        time.sleep(60)
+    return replace(source, target)
+
+os.replace = slow
+"""
+
+
+@pytest.mark.parametrize("before", [0, 2])
+@pytest.mark.parametrize("name", ["2.jpg", "3.jpg", "metadata.jsonl", "caption.txt", "urls.txt", "images.txt"])
+def test_killed_while_publishing(name, before, web, local, world, tmp_path):
+    """kill -9 among the copying of pictures, between it and the lists, and between two lists.
+
+    The trainer finds the set as it was, or says to run retrieve.py again, which then fetches nothing twice.
+    """
+    from train_custom_diffusion import parse_args, read_concepts
+
+    folder, urls = tmp_path / "cat", web.add_pictures(4)
+    web.add_backend(urls)
+    options = local | {"source": "clip-retrieval"}
+    if before:
+        retrieve("cat", folder, before, **options)
+    start = contents(folder) if before else None
+    (tmp_path / "sitecustomize.py").write_text(STOP)
+    stopped = tmp_path / "stopped"
+    env = os.environ | {"PYTHONPATH": str(tmp_path), "STOP_AT": f"/cat/{'images/' * ('jpg' in name)}{name}"}
+    words = ["--class_prompt", "cat", "--class_data_dir", folder, *flags(num_class_images=4, **options)]
+    process = subprocess.Popen([sys.executable, SCRIPT, *map(str, words)], env=env | {"STOPPED": str(stopped)})
+    while not stopped.exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait(20) == -signal.SIGKILL
+
+    torn = before and name in ("urls.txt", "images.txt")  # caption.txt is longer than images.txt
+    assert taken(folder) == (None if torn else start)
+    values = {"pretrained_model_name_or_path": "m", "instance_data_dir": world / "my_cat", "class_data_dir": folder}
+    values |= {"instance_prompt": "a cat", "class_prompt": "cat", "num_class_images": 4}
+    args = parse_args(flags(**values, with_prior_preservation=True, real_prior=True))
+    if start and not torn:
+        assert len(read_concepts(args)[0].class_images) == before
+    else:
+        with pytest.raises(SystemExit, match="retrieve.py"):
+            read_concepts(args)
+    if before:  # to ask for no more than was there mends the lists without a network
+        shutil.copytree(folder, tmp_path / "copy" / "cat")
+        assert retrieve("cat", tmp_path / "copy" / "cat", before) == before
+        for file in (tmp_path / "copy" / "cat" / "images").glob("[23].jpg"):
+            file.unlink()  # in place, but in no list yet
+        assert contents(tmp_path / "copy" / "cat") == start
+    assert retrieve("cat", folder, 4, **options) == 4
+    assert [url for *_, url in contents(folder)] == urls and contents(folder)[:before] == (start or [])
+    assert max(web.asked[f"/{number}.jpg"] for number in range(4)) == 1
+
+
+class Reader(threading.Thread):
+    """Reads a folder all the time, as slowly as it takes; `seen` counts the sizes of the sets that it found.
+
+    What images.txt names is there, whole, and has its lines in the other lists, which may already be longer.
+    """
+
+    def __init__(self, folder):
+        super().__init__(daemon=True)
+        self.folder, self.seen, self.errors, self.stopped = folder, Counter(), [], threading.Event()
+
+    def run(self):
+        while not self.stopped.wait(0.001):
+            try:
+                self.seen[self.read() if (self.folder / "images.txt").exists() else None] += 1
+            except Exception as error:
+                self.errors.append(repr(error))
+
+    def read(self):
+        lists = ("images.txt", "caption.txt", "urls.txt", "metadata.jsonl")
+        names, captions, urls, rows = ((self.folder / name).read_text().splitlines() for name in lists)
+        assert names == [f"images/{number}.jpg" for number in range(len(names))]
+        found = [(row["file_name"], row["text"], row["url"]) for row in map(json.loads, rows[: len(names)])]
+        assert found == [*zip(names, captions[: len(names)], urls[: len(names)], strict=True)]
+        for name in names:
+            content = (self.folder / name).read_bytes()
+            assert content.startswith(b"\xff\xd8") and content.endswith(b"\xff\xd9")
+        return len(names)
+
+
+def environment():
+    return os.environ | {"PYTHONPATH": str(SCRIPT.parent)}
+
+
+def test_killed_at_random_and_started_again(web, local, tmp_path):
+    """Forty pictures, then sixty; one url in four is dead. The server kills the run after some pictures."""
+    chance, folder = random.Random(0), tmp_path / "reg" / "cat"
+    alive = web.add_pictures(60)
+    urls = [url for number, url in enumerate(alive) for url in (url, *[web.url(f"/dead/{number}")] * (number % 3 == 0))]
+    web.add_backend(urls)
+    runs, asked = [], []  # processes; (path, number of the run)
+    kill_at = [0]
+
+    def watched(content):
+        def answer(handler):
+            asked.append((handler.path, len(runs)))
+            time.sleep(chance.random() * 0.02)
+            handler.answer(content)
+            if len(asked) >= kill_at[0]:
+                runs[-1].kill()
+
+        return answer
+
+    for url in alive:
+        path = url.removeprefix(web.url())
+        web.routes[path] = watched(web.routes[path])
+    reader = Reader(folder)
+    reader.start()
+    kills, saved = Counter(), set()  # kills by the number of workers; what a single worker had saved for certain
+    for count in (40, 60):
+        while True:
+            workers = (6, 1)[kills.total() % 2]
+            options = local | {"num_class_images": count, "num_workers": workers, "source": "clip-retrieval"}
+            words = ["--class_prompt", "cat", "--class_data_dir", folder, *flags(**options)]
+            kill_at[0] = len(asked) + chance.randint(1, 10)
+            runs.append(subprocess.Popen([sys.executable, SCRIPT, *map(str, words)], stderr=subprocess.DEVNULL))
+            status = runs[-1].wait(60)
+            again = saved & {path for path, number in asked if number == len(runs)}
+            assert not again, f"{again} was there already"
+            if status == 0:
+                break
+            assert status == -signal.SIGKILL
+            kills[workers] += 1
+            if workers == 1:
+                saved.update(path for path, number in asked[:-1] if number == len(runs))
+            assert kills.total() < 60, "no run gets further than the one before"
+        assert len(contents(folder)) == count and os.listdir(folder.parent) == ["cat"]
+    reader.stopped.set()
+    reader.join(20)
+    assert reader.errors == [] and set(reader.seen) <= {None, 40, 60} and reader.seen[None] and reader.seen[40]
+    assert [url for _, _, url in contents(folder)] == alive
+    assert kills[1] >= 2 and kills[6] >= 2
+    # a picture is fetched again only if it was on its way when the run was killed
+    assert len(asked) <= 60 + kills[1] + kills[6] * 6
+    for path, times in Counter(path for path, _ in asked).items():
+        numbers = [number for asked_path, number in asked if asked_path == path]
+        assert len(set(numbers)) == times, f"{path} was fetched twice by one run"
+
+
+def test_interrupted(web, local, tmp_path):
+    """Ctrl-C: a line that says how to go on, at once, though servers are silent; going on fetches nothing twice."""
+    urls, silent = web.add_pictures(12), threading.Event()
+    web.add_backend(urls)
+    folder, process = tmp_path / "cat", None
+
+    def hang(handler):
+        process.send_signal(signal.SIGINT)
+        silent.wait(30)
+
+    route, web.routes["/8.jpg"] = web.routes["/8.jpg"], hang
+    options = local | {"num_class_images": 12, "num_workers": 1, "source": "clip-retrieval"}
+    words = ["--class_prompt", "cat", "--class_data_dir", folder, *flags(**options)]
+    start = time.monotonic()
+    process = subprocess.Popen([sys.executable, SCRIPT, *map(str, words)], stderr=PIPE, text=True)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and time.monotonic() - start < 20
+    last = errors.strip().splitlines()[-1]
+    assert last == "Interrupted; the same command goes on from there"
+    assert "Traceback" not in errors and taken(folder) is None
+    silent.set()
+    web.routes["/8.jpg"] = route
+    assert run(sys.executable, SCRIPT, *words).returncode == 0
+    assert [url for *_, url in contents(folder)] == urls
+    assert web.asked == Counter({f"/{n}.jpg": 1 for n in range(12)} | {"/8.jpg": 2, "/knn-service": 2})
+
+
+def test_other_arguments(web, local, dataset, tmp_path):
+    """What was fetched for another class or from another source is not mixed in."""
+    folder = tmp_path / "x" / "cat"
+    run(sys.executable, "-c", KILLED, dataset, input=f"12 {folder} 5\n", env=environment())
+    assert any((folder / ".unfinished").glob("*.jpg")) and not (folder / "images").exists()
+    urls = web.add_pictures(23, start=20)[:3]
+    web.add_backend(urls)
+    assert retrieve("cat", folder, 3, source="clip-retrieval", **local) == 3
+    assert [url for *_, url in contents(folder)] == urls and os.listdir(folder.parent) == ["cat"]
+
+
+def test_full_disk(dataset, tmp_path):
+    """One line, exit status 1, no half-written picture or list; with room again the run goes on."""
+    folder = tmp_path / "x" / "cat"
+    for file in dataset.glob("*.txt"):
+        file.write_text(f"cat {'x' * 700}")
+    code = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    words = [sys.executable, "-c", code, SCRIPT, "--class_prompt", "cat", "--class_data_dir", folder]
+    words += ["--dataset", dataset, "--num_class_images"]
+    start = None
+    for count, room in ((2, 1000), (6, 4000)):  # too little for a picture, and for a list of six
+        limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))  # noqa: B023, E731
+        process = run(*words, str(count), preexec_fn=limit)
+        assert process.returncode == 1 and "Traceback" not in process.stderr
+        last = process.stderr.strip().splitlines()[-1]
+        assert last.endswith("File too large; fix this and run the same command again")
+        assert taken(folder) == start and (folder / "images" / "5.jpg").exists() == bool(start)
+        assert run(*words, str(count)).returncode == 0 and len(read_set(folder)) == count
+        assert contents(folder)[:2] == (start or contents(folder))
+        start = contents(folder)

@@ -126,14 +126,13 @@ def command(folder, *words, **options):
 def read_set(folder):
     """What a folder holds: list of (file, caption, url, metadata). Fails unless all of it agrees."""
     lists = [(folder / name).read_text().splitlines() for name in ("images.txt", "caption.txt", "urls.txt")]
-    rows = [json.loads(line) for line in (folder / "images" / "metadata.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     for number, (name, caption, url, row) in enumerate(zip(*lists, rows, strict=True)):
-        assert name == f"images/{number}.jpg" and row["file_name"] == f"{number}.jpg"
+        assert name == row["file_name"] == f"images/{number}.jpg"
         assert (row["text"], row["url"]) == (caption, url)
         with Image.open(folder / name) as image:
             image.load()
             assert image.format == "JPEG" and image.mode == "RGB"
-    assert sorted(os.listdir(folder)) == ["caption.txt", "images", "images.txt", "urls.txt"]
-    expected = {f"{number}.jpg" for number in range(len(rows))} | {"metadata.jsonl"}
-    assert set(os.listdir(folder / "images")) == expected
+    assert sorted(os.listdir(folder)) == ["caption.txt", "images", "images.txt", "metadata.jsonl", "urls.txt"]
+    assert set(os.listdir(folder / "images")) == {f"{number}.jpg" for number in range(len(rows))}
     return [(folder / name, caption, url, row) for name, caption, url, row in zip(*lists, rows, strict=True)]

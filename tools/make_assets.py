@@ -464,15 +464,15 @@ def save_regularization(folder, kind, n, rng):
         attributes = world.sample_pretraining(rng, kind=kind, size=size)
         world.render(attributes, rng).save(folder / "images" / f"{i}.jpg", quality=95)
         captions.append(world.caption(attributes, rng))
-    names = [f"{i}.jpg" for i in range(n)]
+    names = [f"images/{i}.jpg" for i in range(n)]
     (folder / "caption.txt").write_text("".join(f"{caption}\n" for caption in captions))
     (folder / "urls.txt").write_text("tools/world.py\n" * n)
-    (folder / "images.txt").write_text("".join(f"images/{name}\n" for name in names))
+    (folder / "images.txt").write_text("".join(f"{name}\n" for name in names))
     records = [
         {"file_name": name, "text": caption, "license": "Apache-2.0"}
         for name, caption in zip(names, captions, strict=True)
     ]
-    (folder / "images" / "metadata.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def save_pictures(args):
