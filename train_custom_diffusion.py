@@ -46,6 +46,7 @@ NEEDED = ("torch>=2.6", "diffusers>=0.35", "transformers>=4.48,<6", "accelerate>
 WEIGHTS_NAME = "pytorch_custom_diffusion_weights"
 TRAINING_STATE_NAME, CHECKPOINT_NAME = "training_state.pt", "checkpoint.json"
 DEFAULT_INITIALIZERS = "ktn+pll+ucd"
+STOP_SIGNALS = [getattr(signal, n) for n in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, n)]
 FAR_PREFIXES, CLOSE_PREFIXES = ("a far away ", "very small "), ("zoomed in ", "close up ")
 # read when transformers is imported, which otherwise warns that torchvision is missing; nothing here uses torchvision
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -96,23 +97,25 @@ def parse_args(input_args=None):
     """Reads the command line, or the list of strings `input_args`, into a checked `argparse.Namespace`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    parser.usage = "accelerate launch train_custom_diffusion.py --pretrained_model_name_or_path MODEL [other flags]"
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")  # without the usage: one line
     flag = {"type": boolean, "nargs": "?", "const": True, "default": False}
     positive, non_negative = number(int, 1), number(int, 0)
     real, fraction = number(float, 0), number(float, 0, below=1)
+    path = os.path.expanduser  # bash leaves the ~ of --flag=~/folder alone
     schedules = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
     trackers = ("tensorboard", "wandb", "comet_ml", "all", "none")
     # fmt: off
     add = parser.add_argument_group("model and concept").add_argument
-    add("--pretrained_model_name_or_path", required=True, help="Stable Diffusion in diffusers format: hub id or folder")
+    add("--pretrained_model_name_or_path", type=path, required=True, help="hub id, or folder in diffusers format")
     add("--revision", help="revision of the model on the hub")
     add("--variant", help="variant of the weight files, such as fp16")
-    add("--tokenizer_name", help="another tokenizer than the model's: hub id or folder")
-    add("--instance_data_dir", help="folder with 3 to 20 pictures of the concept")
+    add("--tokenizer_name", type=path, help="another tokenizer than the model's: hub id or folder")
+    add("--instance_data_dir", type=path, help="folder with 3 to 20 pictures of the concept")
     add("--instance_prompt", help='their prompt, with the modifier token: "photo of a <new1> cat"')
-    add("--class_data_dir", help="folder of class (regularization) pictures; generated ones are put there")
+    add("--class_data_dir", type=path, help="folder of class (regularization) pictures; generated ones are put there")
     add("--class_prompt", help='the class: "cat"')
-    add("--concepts_list", help="JSON list of objects with the four keys above, for several concepts")
+    add("--concepts_list", type=path, help="JSON list of objects with the four keys above, for several concepts")
     add("--modifier_token", help='new word; "+" between several: "<new1>+<new2>"')
     add("--initializer_token", default=DEFAULT_INITIALIZERS, help="words whose embeddings the new ones start from")
     add("--freeze_model", default="crossattn_kv", choices=("crossattn_kv", "crossattn"),
@@ -146,7 +149,7 @@ def parse_args(input_args=None):
     add("--adam_weight_decay", type=real, default=1e-2, help="AdamW's weight decay")
     add("--adam_epsilon", type=real, default=1e-8, help="AdamW's epsilon")
     add("--use_8bit_adam", **flag, help="bitsandbytes' 8-bit AdamW (GPU)")
-    add("--max_grad_norm", type=real, default=1.0, help="gradient clipping over everything trained")
+    add("--max_grad_norm", type=real, default=1.0, help="gradient clipping over everything trained; 0: none")
     add = parser.add_argument_group("precision and memory").add_argument
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: accelerate's configuration")
     add("--allow_tf32", **flag, help="TF32 matrix products on Ampere and later GPUs")
@@ -156,8 +159,8 @@ def parse_args(input_args=None):
     add("--cache_latents", type=non_negative, default=0, metavar="K",
         help="encode K fixed augmentations of each picture once, before the training; 0: fresh ones at each step")
     add = parser.add_argument_group("output and validation").add_argument
-    add("--output_dir", default="custom-diffusion-model", help="folder of everything that the run leaves")
-    add("--logging_dir", default="logs", help="tensorboard's folder, inside output_dir")
+    add("--output_dir", type=path, default="custom-diffusion-model", help="folder of everything that the run leaves")
+    add("--logging_dir", type=path, default="logs", help="tensorboard's folder, inside output_dir")
     add("--report_to", default="tensorboard", choices=trackers, help="tracker of loss and validation pictures")
     add("--no_safe_serialization", **flag, help="write only .bin files, no .safetensors")
     add("--validation_prompt", help='prompt of the validation pictures: "<new1> cat sitting in a bucket"')
@@ -166,7 +169,7 @@ def parse_args(input_args=None):
     add = parser.add_argument_group("checkpoints").add_argument
     add("--checkpointing_steps", type=positive, default=250, help="optimizer steps between checkpoints")
     add("--checkpoints_total_limit", type=positive, help="keep only so many of the newest")
-    add("--resume_from_checkpoint", help='a checkpoint\'s path, its name in output_dir, or "latest"')
+    add("--resume_from_checkpoint", type=path, help='a checkpoint\'s path, its name in output_dir, or "latest"')
     add = parser.add_argument_group("hub").add_argument
     add("--push_to_hub", **flag, help="upload the result to the Hugging Face hub")
     add("--hub_token", help="token for the upload; better: `hf auth login`")
@@ -220,7 +223,7 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, InitProcessGroupKwargs
 from diffusers import DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from diffusers.models.attention_processor import CustomDiffusionAttnProcessor2_0, CustomDiffusionXFormersAttnProcessor
 from diffusers.optimization import get_scheduler
@@ -258,13 +261,14 @@ def read_concepts(args):
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
         fail(f"--output_dir {args.output_dir}", f"{existing} is not a folder that can be written to; give another")
     for entry in read_concepts_list(args) if args.concepts_list else [vars(args)]:
-        folder = Path(entry["instance_data_dir"])
+        folder = Path(entry["instance_data_dir"]).expanduser()
         concept = Concept(entry["instance_prompt"], find_images(folder, "instance_data_dir"))
         if not concept.instance_images:
             fail(f"instance_data_dir {folder}", "no pictures in it; put 3 to 20 there")
         folders = [folder.resolve(), output_dir]
         if args.with_prior_preservation:
-            concept.class_prompt, concept.class_data_dir = entry["class_prompt"], Path(entry["class_data_dir"])
+            concept.class_prompt = entry["class_prompt"]
+            concept.class_data_dir = Path(entry["class_data_dir"]).expanduser()
             read_class_images(concept, args)
             folders.append(concept.class_data_dir.resolve())
         if len(set(folders)) < len(folders):
@@ -532,15 +536,10 @@ def load_tokenizer(args):
 def load_pipeline(args, tokenizer):
     """Loads the base model in float32 as a pipeline without a safety checker."""
     subject = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
-    left_out = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    options = {"revision": args.revision, "variant": args.variant, "tokenizer": tokenizer, "safety_checker": None}
+    options |= {"feature_extractor": None, "requires_safety_checker": False}  # what is not needed is not asked for
     with failing_as(subject, "give a complete model in diffusers format"):
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            args.pretrained_model_name_or_path,
-            revision=args.revision,
-            variant=args.variant,
-            tokenizer=tokenizer,
-            **left_out,
-        )
+        pipeline = StableDiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path, **options)
     unet, vae, factor = pipeline.unet.config, pipeline.vae.config, pipeline.vae_scale_factor
     if unet.in_channels != vae.latent_channels:  # for inpainting, for example
         fail(subject, f"its UNet takes {unet.in_channels} channels, its VAE has {vae.latent_channels}; give another")
@@ -696,7 +695,7 @@ def start_accelerator(args):
     accelerate.state.AcceleratorState._reset_state()  # in a notebook the previous run's precision would stay in force
     accelerator = accelerate.Accelerator(
         cpu=not torch.accelerator.is_available(),  # otherwise accelerate ignores torchrun's processes on a CPU
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(args.gradient_accumulation_steps),  # not a variable's
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=os.path.join(args.output_dir, args.logging_dir),
@@ -704,14 +703,15 @@ def start_accelerator(args):
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))],
         dataloader_config=DataLoaderConfiguration(non_blocking=True),
     )
-    supported = ("no", "bf16") if accelerator.device.type == "cpu" else ("no", "fp16", "bf16")
-    if accelerator.mixed_precision not in supported:
-        fail(f"--mixed_precision {accelerator.mixed_precision}", f"a {accelerator.device.type} takes {supported} only")
+    precision, device = accelerator.mixed_precision, accelerator.device.type
+    supported = ("no", "bf16") if device == "cpu" else ("no", "fp16", "bf16")
+    if precision not in supported:
+        fail(f"--mixed_precision {precision}", f"not supported on this {device}; give {' or '.join(supported)}")
     if args.report_to != "none" and not accelerator.log_with:  # accelerate leaves out what is not installed
         fail("--report_to", f"the package {args.report_to} is not installed; `pip install {args.report_to}`")
     packages = {"enable_xformers_memory_efficient_attention": "xformers", "use_8bit_adam": "bitsandbytes"}
     for name, package in packages.items():
-        if getattr(args, name) and not (importlib.util.find_spec(package) and accelerator.device.type == "cuda"):
+        if getattr(args, name) and not (importlib.util.find_spec(package) and device == "cuda"):
             fail(f"--{name}", f"needs a CUDA GPU and the package {package}; `pip install {package}`, or leave it out")
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     return accelerator
@@ -737,7 +737,7 @@ def build_dataloader(args, accelerator, dataset, batch_size, sampler=None, colla
 
 def ignore_signals(worker):
     """Lets a data-loader worker live on while the main process stops: signals often go to the whole group."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # the worker ends when it is told to, or when its parent is gone
 
 
@@ -755,7 +755,7 @@ def cache_latents(args, accelerator, dataset, vae):
 
 @contextlib.contextmanager
 def delayed_signals():
-    """Gives a list that SIGTERM (preemption) and SIGINT (Ctrl-C) are added to; a second one ends the run at once."""
+    """Gives a list that stop signals (preemption, Ctrl-C, a closed window) are added to; a second one ends the run."""
     received, handlers = [], {}
 
     def note(number, frame):
@@ -763,8 +763,9 @@ def delayed_signals():
         signal.signal(number, handlers[number])
 
     with contextlib.suppress(ValueError):  # Python handles signals in the main thread only
-        for number in (signal.SIGTERM, signal.SIGINT):
-            handlers[number] = signal.signal(number, note)
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets for SIGHUP
+                handlers[number] = signal.signal(number, note)
     try:
         yield received
     finally:
@@ -843,7 +844,7 @@ def training_step(accelerator, model, vae, noise_scheduler, optimizer, batch, ar
     with accelerator.accumulate(model):
         loss = diffusion_loss(model, vae, noise_scheduler, batch, args.prior_loss_weight)
         accelerator.backward(loss)
-        if accelerator.sync_gradients:
+        if accelerator.sync_gradients and args.max_grad_norm:
             accelerator.clip_grad_norm_(optimizer.param_groups[0]["params"], args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=args.set_grads_to_none)
@@ -1054,8 +1055,7 @@ class Checkpoints:
         names = ("modifier_token", "initializer_token", "freeze_model", "resolution", "train_batch_size",
                  "gradient_accumulation_steps", "with_prior_preservation", "seed", "cache_latents")  # fmt: skip
         self.settings = {name: getattr(args, name) for name in names} | {"num_processes": accelerator.num_processes}
-        beginning = serialize(attention_state_dict(pipeline.unet))  # tells base models apart wherever they lie
-        self.settings["base_model"] = hashlib.sha256(beginning).hexdigest()[:16]
+        self.settings["base_model"] = hashlib.sha256(serialize(attention_state_dict(pipeline.unet))).hexdigest()[:16]
 
     def list(self):
         """Checkpoints of the output folder in the order in which they were written."""

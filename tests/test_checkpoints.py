@@ -405,9 +405,9 @@ def check_stopped(folder, said):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
 def test_signal(name, six_steps, undisturbed_long, tmp_path):
-    """To the whole process group, as Ctrl-C and job schedulers send it, with worker processes in it."""
+    """To the whole process group, as Ctrl-C, job schedulers and closed terminals send it, with workers in it."""
     folder, number = tmp_path / "run", getattr(signal, name)
     (child,) = start(folder, **six_steps | LONG | {"dataloader_num_workers": 2})
     wait_until(lambda: UNDER_WAY.search((tmp_path / "run.log").read_text()))
@@ -415,6 +415,18 @@ def test_signal(name, six_steps, undisturbed_long, tmp_path):
     check_stopped(folder, finish([child], folder, status=128 + number))
     fork(folder, resume_from_checkpoint="latest", **six_steps | LONG)
     assert same_bits(load_trained(folder), load_trained(undisturbed_long))
+
+
+@pytest.mark.slow
+def test_nohup(six_steps, tmp_path):
+    """A closed terminal does not stop what was started with nohup."""
+    words = flags(**FAST | six_steps | {"output_dir": tmp_path / "run", "max_train_steps": 40})
+    with open(tmp_path / "log.txt", "w") as log:
+        process = subprocess.Popen(["nohup", sys.executable, SCRIPT, *words], stdout=log, stderr=log)
+    wait_until(lambda: re.search(r" [1-9]\d*/40 ", (tmp_path / "log.txt").read_text()))
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(300) == 0
+    assert (tmp_path / "run" / "<new1>.bin").is_file()
 
 
 @pytest.mark.slow

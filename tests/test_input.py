@@ -540,6 +540,19 @@ def test_data_of_a_process(case, folder, sd1):
     refuse(folder, make(folder, sd1), 1, words)
 
 
+@pytest.mark.parametrize("listed", [False, True])
+def test_home(listed, folder, sd1):
+    """A shell leaves the ~ of --flag=~/folder as it is, and so does JSON."""
+    values = {"instance_data_dir": "~/cat", "output_dir": "~/run", "pretrained_model_name_or_path": "~/model"}
+    if listed:
+        (folder / "list.json").write_text(json.dumps([CONCEPT | {"instance_data_dir": "~/cat"}]))
+        values |= {"concepts_list": "~/list.json", "instance_data_dir": None, "instance_prompt": None}
+    (folder / "model").symlink_to(sd1)
+    process = run(sys.executable, SCRIPT, *flags(**good_flags(folder) | values), env=os.environ | {"HOME": folder})
+    assert process.returncode == 0, process.stderr
+    assert (folder / "run" / "<new1>.bin").is_file()
+
+
 def test_half_precision_without_a_gpu(folder, sd1):
     """A process of its own: accelerate takes one precision a process."""
     values = {"mixed_precision": "fp16", "pretrained_model_name_or_path": sd1}

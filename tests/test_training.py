@@ -329,6 +329,19 @@ def test_same_seed_same_bits(trained, plain):
     assert same_bits(load_trained(trained), load_trained(plain))
 
 
+def test_no_clipping(plain, plain_flags, tmp_path):
+    """--max_grad_norm=0 trains as with a limit that nothing reaches, which is not what clipping at 1 gives."""
+    off, unreached = (fork(tmp_path / str(limit), **plain_flags, max_grad_norm=limit) for limit in (0, 1e9))
+    assert same_bits(load_trained(off), load_trained(unreached))
+    assert not same_bits(load_trained(off), load_trained(plain))
+
+
+def test_accumulation_of_another_projects_configuration(plain, plain_flags, tmp_path):
+    """The flag's value holds, not the variable that `accelerate launch` sets from its configuration."""
+    folder = fork(tmp_path / "run", env={"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, **plain_flags)
+    assert same_bits(load_trained(folder), load_trained(plain))
+
+
 @pytest.mark.parametrize("freeze_model", ["crossattn_kv", "crossattn"])
 def test_bf16(freeze_model, cat_flags, sd1, tmp_path):
     """Mixed precision trains in float32 and goes where full precision goes, within bf16's rounding."""
