@@ -248,6 +248,20 @@ def run_out_of_memory(folder, rank):
     DDPMScheduler.add_noise = fail
 
 
+def take_long_in_a_step(folder, rank):
+    """Makes the third step take 12 seconds."""
+    add_noise, steps = DDPMScheduler.add_noise, []
+
+    def slow(*args):
+        steps.append(args)
+        if len(steps) == 3:
+            beside(folder, "long").touch()
+            time.sleep(12)
+        return add_noise(*args)
+
+    DDPMScheduler.add_noise = slow
+
+
 def hang_in_a_step(folder, rank):
     """Makes the first step take a minute."""
     DDPMScheduler.add_noise = lambda *args: time.sleep(60)

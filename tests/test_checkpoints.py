@@ -15,7 +15,7 @@ import time
 import pytest
 import torch
 from launching import FAST, LAUNCHERS, SCRIPT, finish, flags, fork, refusals_of, run, start, train, wait_until
-from observers import die_while_a_picture_is_written, hang_in_a_step, slow_disk
+from observers import die_while_a_picture_is_written, hang_in_a_step, slow_disk, take_long_in_a_step
 from PIL import Image
 from reading import WEIGHTS, load_trained, same_bits, training_state
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -415,6 +415,17 @@ def test_signal(name, six_steps, undisturbed_long, tmp_path):
     check_stopped(folder, finish([child], folder, status=128 + number))
     fork(folder, resume_from_checkpoint="latest", **six_steps | LONG)
     assert same_bits(load_trained(folder), load_trained(undisturbed_long))
+
+
+@pytest.mark.slow
+def test_signal_in_a_long_step(six_steps, tmp_path):
+    """The processes that load pictures live on until the step is done and its checkpoint written."""
+    folder = tmp_path / "run"
+    (child,) = start(folder, observer=take_long_in_a_step, **six_steps | LONG | {"dataloader_num_workers": 2})
+    wait_until((tmp_path / "run.long").exists)
+    os.killpg(child.pid, signal.SIGTERM)
+    check_stopped(folder, finish([child], folder, status=143))
+    assert checkpoints(folder) == ["checkpoint-3"]
 
 
 @pytest.mark.slow
