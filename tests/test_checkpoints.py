@@ -69,6 +69,7 @@ DAMAGES = {  # made to copies of checkpoint-4, in folders of other steps
 REFUSED = {
     "tokens": ({"modifier_token": "<cat1>", "instance_prompt": "photo of a <cat1> cat"}, ["<new1>", "<cat1>"]),
     "freeze_model": ({"freeze_model": "crossattn"}, ["crossattn_kv", "crossattn"]),
+    "initializer": ({"initializer_token": "cat"}, ["initializer_token", "ktn+pll+ucd", "cat"]),
     "resolution": ({"resolution": 72}, ["resolution", "64", "72"]),
     "seed": ({"seed": 7}, ["seed", "42", "7"]),
     "batch": ({"train_batch_size": 3}, ["train_batch_size", "2", "3"]),
@@ -405,7 +406,7 @@ def check_stopped(folder, said):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_signal(name, six_steps, undisturbed_long, tmp_path):
     """To the whole process group, as Ctrl-C, job schedulers and closed terminals send it, with workers in it."""
     folder, number = tmp_path / "run", getattr(signal, name)
@@ -415,6 +416,17 @@ def test_signal(name, six_steps, undisturbed_long, tmp_path):
     check_stopped(folder, finish([child], folder, status=128 + number))
     fork(folder, resume_from_checkpoint="latest", **six_steps | LONG)
     assert same_bits(load_trained(folder), load_trained(undisturbed_long))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1"])
+def test_other_signals(name, six_steps, tmp_path):
+    """Of terminals that close and of schedulers that warn."""
+    folder, number = tmp_path / "run", getattr(signal, name)
+    (child,) = start(folder, **six_steps | LONG)
+    wait_until(lambda: UNDER_WAY.search((tmp_path / "run.log").read_text()))
+    os.kill(child.pid, number)
+    check_stopped(folder, finish([child], folder, status=128 + number))
 
 
 @pytest.mark.slow

@@ -6,7 +6,9 @@ made from pictures, for inpainting, offloaded and compiled.
 
 import copy
 import importlib.util
+import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -58,6 +60,17 @@ def test_weights_load_with_diffusers(trained, sd1):
 def test_every_checkpoint_loads_like_the_result(trained, sd1):
     check_loading(sd1, trained / "checkpoint-4", "<new1>", "photo of a <new1> cat")
     check_weight_files(sd1, trained / "checkpoint-4", ["<new1>"], KV)
+
+
+def test_parts_that_are_not_needed(sd1, one_concept, tmp_path):
+    """A model whose index names a feature extractor and a safety checker that are not there is trained all the same."""
+    model = shutil.copytree(sd1, tmp_path / "model")
+    index = json.loads((model / "model_index.json").read_text())
+    index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    (model / "model_index.json").write_text(json.dumps(index))
+    folder = fork(tmp_path / "run", **one_concept | {"pretrained_model_name_or_path": model, "max_train_steps": 1})
+    assert (folder / "<new1>.safetensors").is_file()
 
 
 def test_last_checkpoint_is_the_result(trained):
@@ -332,6 +345,18 @@ def test_merged_is_a_plain_model(merged, tmp_path):
     again = StableDiffusionPipeline.from_pretrained(tmp_path, safety_checker=None)
     again.set_progress_bar_config(disable=True)
     assert (draw(again) == draw(merged)).all()
+
+
+@pytest.mark.parametrize("change", ["enable_attention_slicing", "fuse_qkv_projections"])
+def test_what_drops_the_loaded_weights(change, weights, loaded, merged):
+    """As the documentation warns: the attention is the base model's again, without a word. Merged weights stay."""
+    untrained = fresh_pipeline(EMBEDDED)
+    untrained.load_textual_inversion(weights, weight_name="<new1>.safetensors")
+    expected, base = prediction(merged, PROMPT), prediction(untrained, PROMPT)
+    dropped, kept = copy.deepcopy(loaded), copy.deepcopy(merged)
+    getattr(dropped, change)(), getattr(kept, change)()
+    assert (prediction(dropped, PROMPT) - base).abs().max() < 1e-4 < (expected - base).abs().max()
+    assert (prediction(kept, PROMPT) - expected).abs().max() < 1e-4
 
 
 def test_other_pipelines(loaded, merged):

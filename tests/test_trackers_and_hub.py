@@ -308,6 +308,9 @@ def test_failed_upload(two_real_concepts, sd1, tmp_path):
     The command that the error names then uploads the result, and that alone.
     """
     out = tmp_path / "my out"
+    out.mkdir()
+    for name in ("secret.pem", "data.sqlite", "train.py", "<new9>.bin"):  # of the user's, and of an earlier run
+        (out / name).write_text("not of this run")
     folders = {name: str(tmp_path / name) for name in ("HF_HOME", "TMPDIR")}
     (tmp_path / "TMPDIR").mkdir()
     values = {"push_to_hub": True, "hub_token": SECRET, "report_to": "tensorboard"}
