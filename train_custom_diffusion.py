@@ -35,16 +35,21 @@ import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import textwrap
-import time
 import traceback
 import warnings
 from datetime import timedelta
 from pathlib import Path
 
 NEEDED = ("torch>=2.6", "diffusers>=0.35", "transformers>=4.48,<6", "accelerate>=1.0,<2", "numpy>=1.26", "Pillow>=10.1")
+INSTALL = "run pip install -r requirements.txt, best in a new environment"
 WEIGHTS_NAME = "pytorch_custom_diffusion_weights"
 TRAINING_STATE_NAME, CHECKPOINT_NAME = "training_state.pt", "checkpoint.json"
+REMEDIES = {  # by what torch says
+    "out of memory": "--gradient_checkpointing or a smaller --train_batch_size or --sample_batch_size takes less",
+    "shared memory": "/dev/shm is full; use docker run --shm-size=1g, or --dataloader_num_workers 0",
+}
 DEFAULT_INITIALIZERS = "ktn+pll+ucd"
 STOP_SIGNALS = [getattr(signal, n) for n in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, n)]
 FAR_PREFIXES, CLOSE_PREFIXES = ("a far away ", "very small "), ("zoomed in ", "close up ")
@@ -54,10 +59,7 @@ warnings.filterwarnings("ignore", "IProgress not found")  # by tqdm.auto in a no
 
 
 def fail(subject, problem):
-    """Ends the run with exit status 1 and one line: which flag or file is wrong, and what to do about it.
-
-    With the environment variable CUSTOM_DIFFUSION_TRACEBACK set, the error behind it is printed, too.
-    """
+    """Ends the run with exit status 1 and one line: which flag or file is wrong, and what to do about it."""
     if os.environ.get("CUSTOM_DIFFUSION_TRACEBACK"):
         traceback.print_exc()
     raise SystemExit(f"error: {subject}: {problem}") from None
@@ -69,6 +71,8 @@ def failing_as(subject, remedy):
     try:
         yield
     except Exception as error:
+        while isinstance(error, (ImportError, RuntimeError)) and error.__cause__:
+            error = error.__cause__  # lazy imports hide which package is broken
         problem = textwrap.shorten(str(error) or type(error).__name__, 400).rstrip(".")
         fail(subject, f"{problem}; {remedy}")
 
@@ -126,7 +130,7 @@ def parse_args(input_args=None):
     add("--num_class_images", type=positive, default=200, help="pictures per class; missing ones are generated")
     add("--real_prior", **flag, help="use real class pictures, fetched by retrieve.py; generate none")
     add("--prior_generation_precision", choices=("no", "fp32", "fp16", "bf16"), help="default: fp16 on a GPU")
-    add("--sample_batch_size", type=positive, default=4, help="batch for generating and encoding, per device")
+    add("--sample_batch_size", type=positive, default=4, help="batch for drawing and encoding pictures, per device")
     add("--resolution", type=positive, default=512, help="picture size in pixels")
     add("--center_crop", **flag, help="cut pictures to a centred square first")
     add("--hflip", **flag, help="mirror half of the pictures")
@@ -156,8 +160,7 @@ def parse_args(input_args=None):
     add("--gradient_checkpointing", **flag, help="recompute activations: less memory, slower")
     add("--enable_xformers_memory_efficient_attention", **flag, help="attention by xformers (GPU)")
     add("--set_grads_to_none", **flag, help="free gradients between steps instead of zeroing them")
-    add("--cache_latents", type=non_negative, default=0, metavar="K",
-        help="encode K fixed augmentations of each picture once, before the training; 0: fresh ones at each step")
+    add("--cache_latents", type=non_negative, default=0, help="so many augmentations of each picture, encoded once")
     add = parser.add_argument_group("output and validation").add_argument
     add("--output_dir", type=path, default="custom-diffusion-model", help="folder of everything that the run leaves")
     add("--logging_dir", type=path, default="logs", help="tensorboard's folder, inside output_dir")
@@ -198,15 +201,13 @@ def check_versions():
     """Fails if Python or a package is missing or not in a version that this script works with."""
     if sys.version_info < (3, 10):  # noqa: UP036 (an older one gets this far)
         fail(f"Python {sys.version.split()[0]}", "this script needs 3.10 or later")
-    try:
+    with failing_as("packages", INSTALL):
         from packaging.requirements import Requirement  # here, as --help needs no package
 
         for needed in map(Requirement, NEEDED):
             found = importlib.metadata.version(needed.name)
             if not needed.specifier.contains(found, prereleases=True):
-                fail(f"{needed.name} {found}", f"this script needs {needed}; run pip install -r requirements.txt")
-    except ImportError as error:  # importlib.metadata raises a kind of it
-        fail(error.name, "not installed; run pip install -r requirements.txt")
+                raise ImportError(f"{needed.name} {found} is installed, and {needed} is needed")
 
 
 def modifier_tokens(args):
@@ -218,24 +219,30 @@ if __name__ == "__main__":
     parse_args()  # so that --help and wrong arguments answer before the imports below, which take seconds
 
 gc.disable()  # looking for garbage among the million objects that these imports make takes a fifth of their time
-import accelerate
-import diffusers
-import numpy as np
-import torch
-import transformers
-from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, InitProcessGroupKwargs
-from diffusers import DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, StableDiffusionPipeline
-from diffusers.models.attention_processor import CustomDiffusionAttnProcessor2_0, CustomDiffusionXFormersAttnProcessor
-from diffusers.optimization import get_scheduler
-from diffusers.utils import make_image_grid
-from huggingface_hub import ModelCardData, create_repo, upload_folder
-from PIL import Image, ImageDraw, ImageFont, ImageOps
-from safetensors.torch import save as serialize
-from torch import nn
-from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
+with failing_as("packages", INSTALL):  # one that is broken, torchvision for example, can end any import
+    import accelerate
+    import diffusers
+    import filelock
+    import numpy as np
+    import torch
+    import transformers
+    from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, InitProcessGroupKwargs
+    from diffusers import DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, StableDiffusionPipeline
+    from diffusers.models import attention_processor
+    from diffusers.optimization import get_scheduler
+    from diffusers.utils import make_image_grid
+    from huggingface_hub import ModelCardData, create_repo, upload_folder
+    from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
+    from safetensors.torch import save as serialize
+    from torch import nn
+    from torch.utils.data import DataLoader, Dataset, get_worker_info
+    from tqdm.auto import tqdm
 
+    with contextlib.suppress(ImportError):
+        importlib.import_module("pillow_heif").register_heif_opener()  # for phones' pictures
 gc.enable()
+SCHEDULER_SETTINGS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "steps_offset",
+                      "timestep_spacing", "prediction_type", "rescale_betas_zero_snr")  # fmt: skip
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -244,14 +251,13 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclasses.dataclass
 class Concept:
-    """One concept: its instance prompt and pictures, its class and the class pictures with their captions."""
+    """One concept: its instance prompt and pictures, its class, and (picture, caption) pairs of the class."""
 
     instance_prompt: str
     instance_images: list
     class_prompt: str | None = None
     class_data_dir: Path | None = None
     class_images: list = dataclasses.field(default_factory=list)
-    class_captions: list = dataclasses.field(default_factory=list)
 
 
 def read_concepts(args):
@@ -277,7 +283,7 @@ def read_concepts(args):
     classes = {(str(c.class_data_dir), c.class_prompt) for c in concepts}
     if len({folder for folder, _ in classes}) < len(classes) and not args.real_prior:
         fail("class_data_dir", f"the same for different class prompts; give each class its own: {sorted(classes)}")
-    for file in {file: None for c in concepts for file in c.instance_images + c.class_images}:
+    for file in {file: None for c in concepts for file in c.instance_images + [file for file, _ in c.class_images]}:
         with failing_as(file, "not a readable picture: repair or remove it"):
             load_picture(file)
     return concepts
@@ -300,10 +306,7 @@ def read_concepts_list(args):
 
 
 def read_class_images(concept, args):
-    """Fills in the concept's class pictures and captions: retrieve.py's lists, or a plain folder.
-
-    Without --real_prior the folder may be missing or short: `generate_class_images` fills it up.
-    """
+    """Fills in the concept's class pictures and captions: retrieve.py's lists, or a plain folder, if there is one."""
     folder, images, captions = concept.class_data_dir, [], []
     lists = [folder / "images.txt", folder / "caption.txt"]
     if args.real_prior and all(file.is_file() for file in lists):
@@ -322,7 +325,7 @@ def read_class_images(concept, args):
         command = ["python", "retrieve.py", "--class_prompt", concept.class_prompt, "--class_data_dir", str(folder)]
         command += ["--num_class_images", str(args.num_class_images)]
         fail(f"class_data_dir {folder}", f"no real class pictures in it; run: {shlex.join(command)}")
-    concept.class_images, concept.class_captions = (rows[: args.num_class_images] for rows in (images, captions))
+    concept.class_images = list(zip(images, captions, strict=True))[: args.num_class_images]
 
 
 def find_images(folder, name):
@@ -330,20 +333,28 @@ def find_images(folder, name):
     known = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     with failing_as(f"{name} {folder}", "give a folder of pictures"):
         files = [file for file in sorted(folder.iterdir()) if file.name[0] != "." and not file.is_dir()]
+    left_out = [file.name for file in files if file.suffix.lower() in {".heic", ".heif", ".hif"} - known]
+    if left_out:
+        print(f"{name} {folder}: left out {', '.join(left_out)}; to take them, `pip install pillow-heif`")
     return [file for file in files if file.suffix.lower() in known]
 
 
-def load_picture(file):
-    """Decodes a picture to RGB: EXIF orientation applied, alpha on white, 16 bits and floats scaled to 8."""
+def load_picture(file, least=math.inf):
+    """Decodes a picture to upright RGB: sRGB, 8 bits, alpha on white, reduced as far as its shorter side allows."""
     with Image.open(file) as image:
-        image = ImageOps.exif_transpose(image)
+        image, profile = ImageOps.exif_transpose(image), image.info.get("icc_profile")
         if image.mode[0] in "IF":  # 16 bits, or floats of 0 to 1
             values = np.asarray(image) * (255 if image.mode == "F" else 1 / 257)
             image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
-        if image.has_transparency_data:
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image.convert("RGBA"))
-        return image.convert("RGB")
+        if image.has_transparency_data or image.mode == "P":
+            image = image.convert("RGBA")
+        if profile:  # phones have wider colours than sRGB
+            srgb, mode = ImageCms.createProfile("sRGB"), "RGBA" if image.mode == "RGBA" else "RGB"
+            with contextlib.suppress(ImageCms.PyCMSError, OSError):  # a broken profile is as good as none
+                image = ImageCms.profileToProfile(image, io.BytesIO(profile), srgb, outputMode=mode)
+        if image.mode == "RGBA":
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB").reduce(max(1, int(min(image.size) // least)))  # by a whole number
 
 
 def draw_scale(size, rng):
@@ -354,21 +365,19 @@ def draw_scale(size, rng):
 
 
 def place_instance(image, scale, size, factor, rng):
-    """Puts an instance picture at `scale` pixels on a size x size canvas, or cuts a window out of it.
+    """Puts an instance picture at `scale` pixels on a transparent size x size canvas, or cuts a window out of it.
 
-    Returns pixels (size, size, 3) in [-1, 1], 0 where empty, and the loss mask (size/factor, size/factor): 1 strictly
-    inside the picture, or everywhere in a window; both float32. The guide's script squeezes pictures to a square, here
-    the longer side is at the scale.
+    Returns RGBA pixels (size, size, 4) and the loss mask (size/factor, size/factor): 1 strictly inside the picture, or
+    everywhere in a window. The guide's script squeezes pictures to a square, here the longer side is at the scale.
     """
-    mask = np.zeros((size // factor, size // factor), np.float32)
+    mask = np.full((size // factor, size // factor), scale > size, np.float32)
     if scale > size:
-        mask[:] = 1
         return random_window(image, scale, size, rng), mask
     width, height = (max(1, round(length * scale / max(image.size))) for length in image.size)
     image = image.resize((width, height), Image.Resampling.BILINEAR)
     left, top = int(rng.integers(size - width + 1)), int(rng.integers(size - height + 1))
-    pixels = np.zeros((size, size, 3), np.float32)
-    pixels[top : top + height, left : left + width] = np.asarray(image, np.float32) / 127.5 - 1
+    pixels = np.zeros((size, size, 4), np.uint8)
+    pixels[top : top + height, left : left + width] = image.convert("RGBA")
     mask[inner_cells(top, height, factor), inner_cells(left, width, factor)] = 1
     return pixels, mask
 
@@ -381,11 +390,11 @@ def inner_cells(start, length, factor):
 
 
 def random_window(image, scale, size, rng):
-    """Random size x size window of an image resized to `scale` on its shorter side; (size, size, 3) in [-1, 1]."""
+    """Random window of an image resized to `scale` on its shorter side: RGBA (size, size, 4), uint8."""
     width, height = (round(length * scale / min(image.size)) for length in image.size)
     left, top = int(rng.integers(width - size + 1)), int(rng.integers(height - size + 1))
     image = image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
-    return np.asarray(image, np.float32) / 127.5 - 1
+    return np.asarray(image.convert("RGBA"))
 
 
 @dataclasses.dataclass
@@ -399,6 +408,7 @@ class CustomDiffusionDataset(Dataset):
 
     concepts: list
     tokenizer: transformers.CLIPTokenizer  # with the modifier tokens
+    class_tokenizer: transformers.CLIPTokenizer  # without them, as a word of a caption may contain one
     size: int  # of the pictures, in pixels
     latent_shape: tuple  # (channels, h, w)
     num_train_timesteps: int
@@ -410,8 +420,9 @@ class CustomDiffusionDataset(Dataset):
 
     def __post_init__(self):
         self.instances = [(file, c.instance_prompt) for c in self.concepts for file in c.instance_images]
-        self.classes = [row for c in self.concepts for row in zip(c.class_images, c.class_captions, strict=True)]
+        self.classes = [pair for c in self.concepts for pair in c.class_images]
         self.epoch_length = max(len(self.instances), len(self.classes))
+        self.decoded = {}  # the first 64 instance pictures: a phone's take longer to decode than a step takes
 
     def __getitem__(self, draw):
         """Samples of one draw: the instance's and, with prior preservation, the class's, which has no mask.
@@ -443,24 +454,28 @@ class CustomDiffusionDataset(Dataset):
         }
 
     def preprocess(self, picture, rng):
-        """One augmentation of a picture: pixel_values (3, size, size), mask (1, h, w), input_ids (tokens,)."""
+        """One augmentation of a picture: pixels (4, size, size) uint8 RGBA, mask (1, h, w), input_ids (tokens,)."""
         file, prompt = (self.instances + self.classes)[picture]
-        image, size, cells = load_picture(file), self.size, self.latent_shape[1]
+        is_instance, size, cells = picture < len(self.instances), self.size, self.latent_shape[1]
+        image = self.decoded.get(file) or load_picture(file, least=2 * size)
+        if is_instance and len(self.decoded) < 64:
+            self.decoded[file] = image
         if self.hflip and rng.random() < 0.5:
             image = ImageOps.mirror(image)
         if self.center_crop:
             image = ImageOps.fit(image, (min(image.size), min(image.size)))
-        if picture >= len(self.instances):
-            pixels, mask = random_window(image, size, size, rng), np.ones((cells, cells), np.float32)
-        else:
+        if is_instance:
             scale = draw_scale(size, rng) if self.aug else size
             pixels, mask = place_instance(image, scale, size, size // cells, rng)
             if scale < 0.6 * size:
                 prompt = FAR_PREFIXES[rng.integers(2)] + prompt
             elif scale > size:
                 prompt = CLOSE_PREFIXES[rng.integers(2)] + prompt
-        ids = self.tokenizer(prompt, padding="max_length", truncation=True).input_ids
-        return {"pixel_values": pixels.transpose(2, 0, 1), "mask": mask[None], "input_ids": np.array(ids, np.int64)}
+        else:
+            pixels, mask = random_window(image, size, size, rng), np.ones((cells, cells), np.float32)
+        tokenizer = self.tokenizer if is_instance else self.class_tokenizer
+        ids = tokenizer(prompt, padding="max_length", truncation=True).input_ids
+        return {"pixels": pixels.transpose(2, 0, 1), "mask": mask[None], "input_ids": np.array(ids, np.int64)}
 
     def fixed_augmentations(self, rows, each):
         """Batch for `cache_latents`: augmentation row % each of picture row // each, which depends on (seed, row)."""
@@ -472,7 +487,10 @@ def collate_fn(draws):
     """Batch of draws to one dict of tensors: the instance samples first, then the class samples."""
     samples = [sample for part in zip(*draws, strict=True) for sample in part]
     rows = {key: [sample[key] for sample in samples if key in sample] for key in samples[0]}
-    return {key: torch.from_numpy(np.stack(values)) for key, values in rows.items()}
+    batch = {key: torch.from_numpy(np.stack(values)) for key, values in rows.items()}
+    if get_worker_info():  # shared here, where a full /dev/shm is an error: later the batch would be lost in silence
+        batch = {key: values.share_memory_() for key, values in batch.items()}
+    return batch
 
 
 # ---------- Models, tokens and attention ------------------------------------------------------------------------
@@ -520,9 +538,11 @@ def load_tokenizer(args):
     with failing_as(f"{subject} {name}", f"give a hub id within reach or a folder in diffusers format; {convert}"):
         if Path(name).is_dir() and not Path(name, "model_index.json").is_file():
             raise FileNotFoundError(f"no model_index.json but {', '.join(sorted(os.listdir(name))[:5]) or 'nothing'}")
-        class_name = DiffusionPipeline.load_config(name, revision=args.revision)["_class_name"]
-    if class_name != "StableDiffusionPipeline":
-        fail(f"{subject} {name}", f"a {class_name}; give a StableDiffusionPipeline (Stable Diffusion 1.x or 2.x)")
+        index = DiffusionPipeline.load_config(name, revision=args.revision)
+        kinds = [index.get(part, [None, None])[1] for part in ("unet", "text_encoder", "text_encoder_2")]
+        if kinds != ["UNet2DConditionModel", "CLIPTextModel", None]:  # pipelines of distilled models have other names
+            fail(f"{subject} {name}", f"a {index['_class_name']}; give a Stable Diffusion 1.x or 2.x")
+        config = transformers.CLIPTextConfig.from_pretrained(name, revision=args.revision, subfolder="text_encoder")
     if args.tokenizer_name:
         name, subject = args.tokenizer_name, "--tokenizer_name"
     with failing_as(f"{subject} {name}", "give a complete tokenizer"):
@@ -530,16 +550,22 @@ def load_tokenizer(args):
         tokenizer = transformers.CLIPTokenizer.from_pretrained(name, revision=args.revision, subfolder=subfolder)
         if tokenizer.unk_token in tokenizer.tokenize("a"):  # what transformers 5 makes of missing files
             raise ValueError("the vocabulary of its tokenizer is empty")
+    tokenizer.model_max_length = config.max_position_embeddings  # which a tokenizer's own configuration can lack
     return tokenizer
 
 
 def load_pipeline(args, tokenizer):
-    """Loads the base model in float32 as a pipeline without a safety checker."""
-    subject = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
+    """Loads the base model in float32 as a pipeline without a safety checker, which draws with DPM-Solver++."""
+    name = args.pretrained_model_name_or_path
+    subject = f"--pretrained_model_name_or_path {name}"
     options = {"revision": args.revision, "variant": args.variant, "tokenizer": tokenizer, "safety_checker": None}
     options |= {"feature_extractor": None, "requires_safety_checker": False}  # what is not needed is not asked for
-    with failing_as(subject, "give a complete model in diffusers format"):
-        pipeline = StableDiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path, **options)
+    with failing_as(subject, "give a complete model, and --variant fp16 if its weight files are named so"):
+        scheduler = DPMSolverMultistepScheduler.load_config(name, subfolder="scheduler", revision=args.revision)
+        # what the model was trained with: its scheduler's other settings may fit no other, or its class want a package
+        scheduler = {key: value for key, value in scheduler.items() if key in SCHEDULER_SETTINGS}
+        options["scheduler"] = DPMSolverMultistepScheduler.from_config(scheduler)
+        pipeline = StableDiffusionPipeline.from_pretrained(name, **options)
     unet, vae, factor = pipeline.unet.config, pipeline.vae.config, pipeline.vae_scale_factor
     if unet.in_channels != vae.latent_channels:  # for inpainting, for example
         fail(subject, f"its UNet takes {unet.in_channels} channels, its VAE has {vae.latent_channels}; give another")
@@ -547,8 +573,8 @@ def load_pipeline(args, tokenizer):
     if kind not in ("epsilon", "v_prediction"):
         fail(subject, f"its scheduler's prediction_type is {kind!r}, neither 'epsilon' nor 'v_prediction'")
     if args.resolution % factor:
-        nearest = max(1, round(args.resolution / factor)) * factor
-        fail(f"--resolution {args.resolution}", f"not a multiple of {factor}, as the VAE wants it; try {nearest}")
+        multiple = math.ceil(args.resolution / factor) * factor
+        fail(f"--resolution {args.resolution}", f"not a multiple of {factor}, as the VAE wants it; try {multiple}")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(torch.float32)
 
@@ -561,12 +587,17 @@ def add_modifier_tokens(tokenizer, args):
         pieces = tokenizer.tokenize(word)
         if word in vocabulary and (is_default or len(pieces) > 1):  # a word-internal piece, as the defaults are
             pieces = [word]
+        elif is_default:  # of a small test model's tokenizer, which lacks it
+            pieces = pieces[:1]
         if len(pieces) != 1:
             fail(f"--initializer_token {word!r}", f"not one token but {pieces}; give a word that is one")
         initializer_ids.append(vocabulary[pieces[0]])
+    names = {*vocabulary, *tokens}
     for token in tokens:
         if token in vocabulary or f"{token}</w>" in vocabulary:
             fail(f"--modifier_token {token!r}", "already in the tokenizer's vocabulary; choose another, as '<new1>'")
+        if f"{token}_1" in names or token.removesuffix("_1") in names - {token}:
+            fail(f"--modifier_token {token!r}", "diffusers reads X_1 as the second vector of X; choose another word")
         tokenizer.add_tokens(transformers.AddedToken(token, normalized=False))  # matched as typed, capitals included
     return tokenizer.convert_tokens_to_ids(tokens), initializer_ids
 
@@ -587,12 +618,11 @@ def check_instance_prompts(tokenizer, concepts, args):
 
 
 def add_attention_processors(unet, freeze_model, use_xformers=False):
-    """Gives every cross-attention layer (attn2) trainable projections that start as copies of its own weights.
-
-    Shapes come from the layer's weights, so any UNet2DConditionModel works. Self-attention keeps its processors.
-    """
+    """Gives every cross-attention layer (attn2) trainable projections: copies of its own weights, whose shapes vary."""
     train_q_out = freeze_model == "crossattn"
-    processor_class = CustomDiffusionXFormersAttnProcessor if use_xformers else CustomDiffusionAttnProcessor2_0
+    processor_class = attention_processor.CustomDiffusionAttnProcessor2_0
+    if use_xformers:
+        processor_class = attention_processor.CustomDiffusionXFormersAttnProcessor
     processors = dict(unet.attn_processors)
     for name in (name for name in processors if name.endswith("attn2.processor")):
         attention = unet.get_submodule(name.removesuffix(".processor"))
@@ -645,8 +675,7 @@ def attention_state_dict(unet):
 class PromptDataset(list):
     """Prompts for generating the missing class pictures, each with the seed of its noise and the file it goes to.
 
-    Noise and file follow from the picture's number, so the processes can share the work, an interrupted generation
-    goes on where it stopped, and nothing is overwritten.
+    Both follow from the picture's number: processes can share the work, and an interrupted generation goes on.
     """
 
     def __init__(self, concepts, num_class_images, seed):
@@ -692,6 +721,9 @@ def start_accelerator(args):
         library.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module="accelerate|diffusers|huggingface_hub|transformers")  # of each other
     warnings.filterwarnings("ignore", "Detected call of `lr_scheduler")  # when a run is resumed
+    for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("true", "1", "yes", "on"):
+            fail(f"ACCELERATE_USE_{name}", "a process cannot save the weights then; run `accelerate config default`")
     accelerate.state.AcceleratorState._reset_state()  # in a notebook the previous run's precision would stay in force
     accelerator = accelerate.Accelerator(
         cpu=not torch.accelerator.is_available(),  # otherwise accelerate ignores torchrun's processes on a CPU
@@ -723,9 +755,7 @@ def build_optimizer(args, parameters, samples_per_step):
     settings = {"lr": args.learning_rate * scale, "betas": (args.adam_beta1, args.adam_beta2)}
     settings |= {"weight_decay": args.adam_weight_decay, "eps": args.adam_epsilon}
     if args.use_8bit_adam:
-        from bitsandbytes.optim import AdamW8bit
-
-        return AdamW8bit(parameters, **settings)
+        return importlib.import_module("bitsandbytes").optim.AdamW8bit(parameters, **settings)
     return torch.optim.AdamW(parameters, fused=True, **settings)
 
 
@@ -747,7 +777,7 @@ def cache_latents(args, accelerator, dataset, vae):
     augment = functools.partial(dataset.fixed_augmentations, each=args.cache_latents)
     loader = accelerator.prepare(build_dataloader(args, accelerator, rows, args.sample_batch_size, collate_fn=augment))
     for batch in tqdm(loader, desc="latents", disable=not accelerator.is_main_process):
-        batch["mean"], batch["std"] = encode(vae, batch.pop("pixel_values"))
+        batch["mean"], batch["std"] = encode(vae, batch.pop("pixels"))
         parts.append({key: values.cpu().numpy() for key, values in accelerator.gather_for_metrics(batch).items()})
     vae.to("cpu")
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
@@ -780,9 +810,10 @@ def one_line_errors(main):
     def wrapper(args):
         try:
             status = main(args)
-        except torch.OutOfMemoryError as error:
-            less = "--gradient_checkpointing, --mixed_precision or a smaller --train_batch_size or --sample_batch_size"
-            status = f"error: {str(error).splitlines()[0]} Try {less}"
+        except RuntimeError as error:
+            status = next((f"error: {text}: {remedy}" for text, remedy in REMEDIES.items() if text in str(error)), None)
+            if not status:
+                raise
         except OSError as error:
             if not error.filename and error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -795,22 +826,19 @@ def one_line_errors(main):
 
 
 def check_compiled(accelerator, model, vae, noise_scheduler, batch, parameters):
-    """Fails if the compiled model's gradients are not the model's: compilers have been seen to drop some, silently."""
-    gradients, batch = [], {key: values.to(accelerator.device) for key, values in batch.items()}
-    with failing_as("--dynamo_backend", "this model cannot be compiled here: leave it out"):
-        for stance in ("default", "force_eager"):
-            with torch.compiler.set_stance(stance), accelerator.no_sync(model):
-                loss = diffusion_loss(model, vae, noise_scheduler, batch, prior_loss_weight=1)
-                gradients.append(torch.autograd.grad(1024 * loss, parameters))  # so that fp16 holds small ones
-    for compiled, expected in zip(*gradients, strict=True):
-        if (compiled - expected).norm() > 0.3 * expected.norm():  # far above what rounding to bfloat16 does
-            compiler = f"torch {torch.__version__}'s {accelerator.state.dynamo_plugin.backend.value.lower()}"
-            fail("--dynamo_backend", f"{compiler} makes wrong gradients of this model; leave it out")
+    """Fails if the compiled model leaves parameters without gradients, which a compiler was seen to do silently."""
+    batch = {key: values.to(accelerator.device) for key, values in batch.items()}
+    with failing_as("--dynamo_backend", "this model cannot be compiled here; leave it out"), accelerator.no_sync(model):
+        loss = diffusion_loss(model, vae, noise_scheduler, batch, prior_loss_weight=1)
+        gradients = torch.autograd.grad(1024 * loss, parameters)  # so that fp16 holds small ones
+        if not all(gradient.any() for gradient in gradients):
+            raise RuntimeError(f"torch {torch.__version__} makes gradients of zero")
 
 
 @torch.no_grad()
-def encode(vae, pixel_values):
-    """(batch, 3, S, S) in [-1, 1] -> mean and standard deviation of the VAE's posterior, (batch, channels, h, w)."""
+def encode(vae, pixels):
+    """RGBA (batch, 4, S, S), uint8 -> mean and std of the VAE's posterior, (batch, channels, h, w)."""
+    pixel_values = torch.where(pixels[:, 3:] > 0, pixels[:, :3] / 127.5 - 1, 0)  # mid-grey where it is transparent
     posterior = vae.encode(pixel_values.to(vae.dtype)).latent_dist
     # contiguous, as everything else in a batch: the order in memory decides the last bits of sums
     return tuple(values.float().contiguous() for values in (posterior.mean, posterior.std))
@@ -824,7 +852,7 @@ def diffusion_loss(model, vae, noise_scheduler, batch, prior_loss_weight):
     """
     noise, timesteps, mask = batch["noise"], batch["timesteps"], batch["mask"]
     with torch.no_grad():
-        mean, std = encode(vae, batch["pixel_values"]) if "pixel_values" in batch else (batch["mean"], batch["std"])
+        mean, std = encode(vae, batch["pixels"]) if "pixels" in batch else (batch["mean"], batch["std"])
         latents = (mean + std * batch["posterior_noise"]) * vae.config.scaling_factor
         noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
     prediction = model(noisy_latents, timesteps, batch["input_ids"]).float()
@@ -866,7 +894,6 @@ def main(args):
     # Setup models; the pipeline draws the validation pictures with the networks that are being trained
     pipeline = load_pipeline(args, tokenizer)
     vae, noise_scheduler = pipeline.vae, DDPMScheduler.from_config(pipeline.scheduler.config)
-    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     model = build_models(args, accelerator, pipeline, token_ids, initializer_ids)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
@@ -874,6 +901,7 @@ def main(args):
     dataset = CustomDiffusionDataset(
         concepts,
         tokenizer,
+        load_tokenizer(args),
         size=args.resolution,
         latent_shape=(vae.config.latent_channels, *[args.resolution // pipeline.vae_scale_factor] * 2),
         num_train_timesteps=noise_scheduler.config.num_train_timesteps,
@@ -887,9 +915,8 @@ def main(args):
     samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     max_train_steps = args.max_train_steps or args.num_train_epochs * math.ceil(dataset.epoch_length / samples_per_step)
     optimizer = build_optimizer(args, trained.values(), samples_per_step)
-    schedule = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": max_train_steps}
-    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **schedule)
-    checkpoints = Checkpoints(args, accelerator, pipeline, optimizer, lr_scheduler)
+    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, None, args.lr_warmup_steps, max_train_steps)
+    checkpoints = Checkpoints(args, accelerator, pipeline, optimizer, lr_scheduler, concepts, samples_per_step)
     step = checkpoints.resume() if args.resume_from_checkpoint else 0
     draws = range(step * samples_per_step, max_train_steps * samples_per_step)
     dataloader = build_dataloader(args, accelerator, dataset, args.train_batch_size, draws)
@@ -897,7 +924,10 @@ def main(args):
     if accelerator.state.dynamo_plugin.backend.value != "NO":
         check_compiled(accelerator, model, vae, noise_scheduler, collate_fn([dataset[0]]), list(trained.values()))
     repository = start_reporting(args, accelerator)
-    print_summary(accelerator, args, concepts, trained, max_train_steps, samples_per_step)
+    if accelerator.is_main_process:
+        checkpoints.claim_folder()
+    starts = tokenizer.convert_ids_to_tokens(initializer_ids)
+    print_summary(accelerator, args, concepts, trained, starts, max_train_steps, samples_per_step)
 
     # Train: one optimizer step per gradient_accumulation_steps micro-batches
     if step == 0 and accelerator.is_main_process:
@@ -912,6 +942,10 @@ def main(args):
                 continue
             step += 1
             logs = {"loss": accelerator.reduce(step_loss, "mean").item(), "lr": lr_scheduler.get_last_lr()[0]}
+            if not math.isfinite(logs["loss"]):  # the same in all processes
+                fail(
+                    f"step {step}", f"the loss is {logs['loss']}; lower --learning_rate, or the model or VAE is corrupt"
+                )
             progress.set_postfix(loss=f"{logs['loss']:.4f}", lr=f"{logs['lr']:.2e}", refresh=False)
             progress.update()
             accelerator.log(logs, step=step)
@@ -942,32 +976,28 @@ def main(args):
 
 
 def start_reporting(args, accelerator):
-    """Makes the output folder, the hub's repository, whose id it returns, and the trackers.
-
-    They are told what it takes to repeat the run: every flag that is set but the hub's token, and the versions.
-    """
+    """Makes the hub's repository, whose id it returns, output_dir, and the trackers, which get the run's settings."""
     repository = None
     if accelerator.is_main_process and args.push_to_hub:
         name = args.hub_model_id or Path(args.output_dir).resolve().name
         with failing_as(f"--push_to_hub {name}", "check the network, `hf auth login` and --hub_model_id"):
             repository = create_repo(name, exist_ok=True, token=args.hub_token).repo_id
     if accelerator.is_main_process:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    flags = vars(args) | {"hub_token": None, "mixed_precision": accelerator.mixed_precision}
+        os.makedirs(args.output_dir, exist_ok=True)
+    settings = {"mixed_precision": accelerator.mixed_precision, "num_processes": accelerator.num_processes}
+    flags = vars(args) | {"hub_token": None} | settings
     config = {key: value for key, value in flags.items() if value is not None}
     config |= {f"{m.__name__}_version": str(m.__version__) for m in (accelerate, diffusers, torch, transformers)}
-    config["num_processes"] = accelerator.num_processes
     with failing_as(f"--report_to {args.report_to}", "log in, set WANDB_MODE=offline for wandb, or change the flag"):
         accelerator.init_trackers("custom-diffusion", config, init_kwargs={"wandb": {"dir": args.output_dir}})
     return repository
 
 
-def print_summary(accelerator, args, concepts, trained, max_train_steps, samples_per_step):
+def print_summary(accelerator, args, concepts, trained, starts, max_train_steps, samples_per_step):
     """Prints what is about to be trained, on what, and how long."""
-    attention = sum(p.numel() for name, p in trained.items() if ".attn2." in name)
-    rows = sum(p.numel() for p in trained.values()) - attention
-    words = f" and {rows:,} of the embeddings of {', '.join(modifier_tokens(args))}" if rows else ""
-    accelerator.print(f"Training {attention:,} parameters of the cross-attention ({args.freeze_model}){words}")
+    count = sum(parameter.numel() for parameter in trained.values())
+    words = "".join(f" and {word} (from {row})" for word, row in zip(modifier_tokens(args), starts, strict=True))
+    accelerator.print(f"Training {count:,} parameters: {args.freeze_model}{words}")
     for concept in concepts:
         counts = f"{len(concept.instance_images)} pictures, {len(concept.class_images)} class pictures"
         accelerator.print(f"  {concept.instance_prompt!r}: {counts}")
@@ -980,10 +1010,12 @@ def validate(args, accelerator, pipeline, step):
     if not args.validation_prompt:
         return []
     pipeline.vae.to(accelerator.device)
-    noise = torch.Generator(accelerator.device).manual_seed(args.seed)
-    size = {"num_images_per_prompt": args.num_validation_images, "height": args.resolution, "width": args.resolution}
-    with accelerator.autocast():
-        images = pipeline(args.validation_prompt, num_inference_steps=25, generator=noise, **size).images
+    noise, images = torch.Generator(accelerator.device).manual_seed(args.seed), []
+    settings = {"num_inference_steps": 25, "generator": noise, "height": args.resolution, "width": args.resolution}
+    while missing := args.num_validation_images - len(images):
+        count = min(args.sample_batch_size, missing)
+        with accelerator.autocast():
+            images += pipeline(args.validation_prompt, num_images_per_prompt=count, **settings).images
     if args.cache_latents:
         pipeline.vae.to("cpu")
     columns, label = min(4, len(images)), max(16, args.resolution // 12)  # label: pixels of the line of text
@@ -994,10 +1026,9 @@ def validate(args, accelerator, pipeline, step):
     ImageDraw.Draw(sheet).text(place, text, "black", font, anchor="lm")
     write_file(Path(args.output_dir, "validation", f"step-{step:06d}.png"), to_bytes(sheet.save, format="PNG"))
     for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            tracker.log_images({"validation": np.stack(images)}, step, dataformats="NHWC")
-        elif tracker.name == "wandb":
-            tracker.log_images({"validation": images}, step)
+        if tracker.name in ("tensorboard", "wandb"):
+            options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"validation": np.stack(images)}, step, **options)
     return images
 
 
@@ -1023,15 +1054,14 @@ def to_bytes(save, *args, **kwargs):
 
 
 def save_weights(folder, args, pipeline):
-    """Writes what is trained as diffusers' loaders read it, in float32: .bin and, unless told otherwise, .safetensors.
-
-    diffusers' loader wants an entry for every attention layer; for those that were not trained it is empty.
-    """
+    """Writes what is trained, in float32, as diffusers reads it: .bin and, unless told otherwise, .safetensors."""
     attention, tokens = attention_state_dict(pipeline.unet), modifier_tokens(args)
     rows = pipeline.text_encoder.get_input_embeddings().rows.detach().cpu() if tokens else []
     tables = {WEIGHTS_NAME: attention, **{token: {token: rows[i].clone()} for i, token in enumerate(tokens)}}
+    if not all(values.isfinite().all() for table in tables.values() for values in table.values()):
+        fail(folder, "not written, as the weights are not finite; lower --learning_rate, or take another base model")
     untrained = pipeline.unet.attn_processors.keys() - {key.rpartition(".to_")[0] for key in attention}
-    for name, table in tables.items():
+    for name, table in tables.items():  # the loader wants an entry for every attention layer
         empty = sorted(untrained) if name == WEIGHTS_NAME else []
         write_file(folder / f"{name}.bin", to_bytes(torch.save, table | {layer: {} for layer in empty}))
         if not args.no_safe_serialization:
@@ -1042,20 +1072,40 @@ def save_weights(folder, args, pipeline):
 class Checkpoints:
     """Saves and resumes training: output_dir/checkpoint-<step>, each also loadable like the final result.
 
-    The main process alone saves, as all hold the same state. The step says where in the data and in every generator a
-    run is, as draws follow from the seed and their number. A folder gets its name when everything is in it and loses
-    it before it is deleted, so it is complete whenever the run is killed.
+    The main process alone saves, as all hold the same state. The step says where in its draws a run is. A folder has
+    its name only while everything is in it, so it is complete whenever the run is killed.
     """
 
-    def __init__(self, args, accelerator, pipeline, optimizer, lr_scheduler):
+    def __init__(self, args, accelerator, pipeline, optimizer, lr_scheduler, concepts, samples_per_step):
         self.args, self.accelerator, self.pipeline = args, accelerator, pipeline
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
-        self.output_dir, self.unfinished = Path(args.output_dir), Path(args.output_dir, ".unfinished-checkpoint")
-        # what must not change between the runs, or weights and draws would not fit
-        names = ("modifier_token", "initializer_token", "freeze_model", "resolution", "train_batch_size",
-                 "gradient_accumulation_steps", "with_prior_preservation", "seed", "cache_latents")  # fmt: skip
-        self.settings = {name: getattr(args, name) for name in names} | {"num_processes": accelerator.num_processes}
+        self.output_dir = Path(args.output_dir)
+        self.unfinished, self.trash = (self.output_dir / f".{word}-checkpoint" for word in ("unfinished", "deleted"))
+        # what decides on weights and draws; any number of processes may share the samples of a step
+        names = ("modifier_token", "initializer_token", "freeze_model", "resolution", "center_crop", "hflip", "noaug",
+                 "with_prior_preservation", "prior_loss_weight", "cache_latents", "seed")  # fmt: skip
+        self.settings = {name: getattr(args, name) for name in names} | {"samples_per_step": samples_per_step}
+        self.settings["concepts"] = [[c.instance_prompt, len(c.instance_images), len(c.class_images)] for c in concepts]
         self.settings["base_model"] = hashlib.sha256(serialize(attention_state_dict(pipeline.unet))).hexdigest()[:16]
+
+    def claim_folder(self):
+        """Locks the output folder, and rehearses the end there: saves, and lets diffusers load the weights.
+
+        A word that is no file name, a full disk or a loader that installs nothing shows before the training this way.
+        """
+        # one lock for all runs of a process, as a notebook keeps those that failed
+        self.lock = filelock.FileLock(self.output_dir / ".lock", is_singleton=True)
+        subject = f"--output_dir {self.output_dir}"
+        with failing_as(subject, "another run is using it; give each a folder of its own"):
+            self.lock.acquire(timeout=0)
+        for leftover in (self.unfinished, self.trash):  # of a run that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
+        with torch.device("meta"):  # without weights
+            unet = diffusers.UNet2DConditionModel.from_config(self.pipeline.unet.config)
+        with tempfile.TemporaryDirectory(dir=self.output_dir) as folder, failing_as(subject, "a trial save failed"):
+            save_weights(Path(folder), self.args, self.pipeline)
+            unet.load_attn_procs(folder, weight_name=result_files(self.args)[0], _pipeline=self.pipeline)
+            unet.get_submodule(next(iter(attention_state_dict(self.pipeline.unet))).rpartition(".")[0])
 
     def list(self):
         """Checkpoints of the output folder in the order in which they were written."""
@@ -1067,12 +1117,12 @@ class Checkpoints:
         folder, scaler = self.output_dir / f"checkpoint-{step}", self.accelerator.scaler
         state = {"optimizer": self.optimizer.state_dict()["state"], "lr_scheduler": self.lr_scheduler.last_epoch}
         state["scaler"] = scaler.state_dict() if scaler else None
-        record = {"step": step, "saved": time.ctime(), "settings": self.settings}
-        self.delete(folder)  # if an earlier run made one
+        record = {"step": step, "settings": self.settings}
         try:
             save_weights(self.unfinished, self.args, self.pipeline)
             write_file(self.unfinished / TRAINING_STATE_NAME, to_bytes(torch.save, state))
             write_file(self.unfinished / CHECKPOINT_NAME, json.dumps(record, indent=2).encode())
+            self.delete(folder)  # if an earlier run made one
             self.unfinished.rename(folder)
         finally:
             shutil.rmtree(self.unfinished, ignore_errors=True)  # it would fill a full disk
@@ -1080,15 +1130,13 @@ class Checkpoints:
             self.delete(old)
 
     def delete(self, folder):
-        """Deletes a checkpoint if it is there, and what a killed run left."""
-        shutil.rmtree(self.unfinished, ignore_errors=True)
+        """Deletes a checkpoint if it is there."""
         if folder.exists():
-            folder.rename(self.unfinished)
-            shutil.rmtree(self.unfinished)
+            folder.rename(self.trash)
+            shutil.rmtree(self.trash)
 
     def resume(self):
         """Loads the checkpoint asked for in every process; returns its step, 0 for "latest" if there is none."""
-        shutil.rmtree(self.unfinished, ignore_errors=True)
         name, known, step = self.args.resume_from_checkpoint, self.list(), 0
         named = [folder for folder in (self.output_dir / name, Path(name)) if folder.is_dir()]
         for folder in (known[-1:] if name == "latest" else named)[:1]:
@@ -1103,13 +1151,10 @@ class Checkpoints:
         return step
 
     def load(self, folder):
-        """Loads weights, optimizer and schedule of a checkpoint; returns its step.
-
-        Learning rate, schedule and the optimizer's other settings are the command line's, not the checkpoint's.
-        """
+        """Loads weights and states, but no settings, of optimizer and schedule; returns the checkpoint's step."""
         record = json.loads((folder / CHECKPOINT_NAME).read_bytes())
         for name, value in self.settings.items():
-            made_with = record["settings"][name]
+            made_with = record["settings"].get(name)
             if made_with != value:
                 fail(f"--resume_from_checkpoint {folder}", f"made with {name} {made_with}, not {value}; use the same")
         names = (WEIGHTS_NAME, *modifier_tokens(self.args))
@@ -1133,9 +1178,10 @@ def prove_reload(args, pipeline):
     trained must be equal to the last bit, outputs within rounding, as diffusers installs another attention kernel.
     """
     device, dtype = pipeline.unet.device, pipeline.vae.dtype
+    torch.backends.cuda.matmul.allow_tf32 = False  # its rounding would pass for a difference
     trained = probe(args, pipeline)
     pipeline.unet.to("cpu"), pipeline.text_encoder.to("cpu")  # room for the fresh ones
-    with failing_as(args.output_dir, "its files are kept, but diffusers cannot load them"):
+    with failing_as(args.output_dir, "the files are complete, but were not proven to load"):
         fresh = load_pipeline(args, load_tokenizer(args)).to(device, dtype)
         fresh.unet.float(), fresh.text_encoder.float()  # from the same rounded weights as the trained ones
         attention, *words = result_files(args)
@@ -1147,10 +1193,12 @@ def prove_reload(args, pipeline):
         tolerance = 1e-3 * value.abs().max() if name in ("hidden_states", "prediction") else 0
         if name not in reloaded or not torch.allclose(reloaded[name], value, rtol=0, atol=tolerance):
             fail(args.output_dir, f"its files are kept, but diffusers {diffusers.__version__} loads another {name}")
-    fresh.scheduler = pipeline.scheduler
+    add_attention_processors(fresh.unet, args.freeze_model)  # diffusers' own want gigabytes, as they are not fused
+    fresh.unet.to(device).load_state_dict(reloaded, strict=False)
     return fresh.to(dtype)
 
 
+@torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 @torch.no_grad()
 def probe(args, pipeline):
     """What is trained, and the outputs of text encoder and UNet for fixed inputs, by name; in float32 on the CPU."""
@@ -1159,7 +1207,8 @@ def probe(args, pipeline):
     found = attention_state_dict(unet) | {"embeddings": text_encoder.get_input_embeddings()(ids).cpu()}
     prompt = " ".join(["photo of a", *modifier_tokens(args)])
     ids = tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt").input_ids
-    hidden_states, cells = text_encoder(ids.to(unet.device))[0], args.resolution // pipeline.vae_scale_factor
+    hidden_states = text_encoder(ids.to(unet.device))[0]
+    cells = min(32, args.resolution // pipeline.vae_scale_factor)  # the attention that diffusers loads is not fused
     noise = torch.randn(1, unet.config.in_channels, cells, cells, generator=torch.Generator().manual_seed(0))
     prediction = unet(noise.to(unet.device), 500, hidden_states).sample
     return found | {"hidden_states": hidden_states.cpu(), "prediction": prediction.cpu()}
@@ -1189,21 +1238,22 @@ image.save('picture.png')"""
 
 
 def finish(args, accelerator, pipeline, step, concepts, repository):
-    """Draws the final pictures with the reloaded pipeline, says where everything is, and uploads it.
-
-    before_after.png and steps.png are made of the validation's files, as a resumed run did not draw them all itself.
-    """
-    folder, images = Path(args.output_dir), validate(args, accelerator, pipeline, step)
-    for i, image in enumerate(images):
-        image.save(folder / f"image_{i}.png")
-    steps = [0, *range(args.validation_steps, step, args.validation_steps), step]
-    files = [folder / "validation" / f"step-{step:06d}.png" for step in steps]
-    sheets = [Image.open(file) for file in files if file.is_file()]
-    if len(sheets) > 1 and images:
-        make_image_grid([sheets[0], sheets[-1]], 2, 1).save(folder / "before_after.png")
-        first = (0, 0, args.resolution, args.resolution + sheets[0].height % args.resolution)  # and the label above
-        shown = np.linspace(0, len(sheets) - 1, min(8, len(sheets))).round().astype(int)
-        make_image_grid([sheets[i].crop(first) for i in shown], 1, len(shown)).save(folder / "steps.png")
+    """Draws the final pictures with the reloaded pipeline, says where everything is, and uploads it."""
+    folder, images = Path(args.output_dir), []
+    try:
+        images = validate(args, accelerator, pipeline, step)
+        for i, image in enumerate(images):
+            image.save(folder / f"image_{i}.png")
+        steps = [0, *range(args.validation_steps, step, args.validation_steps), step]
+        files = [folder / "validation" / f"step-{step:06d}.png" for step in steps]  # an earlier run may have drawn them
+        sheets = [Image.open(file) for file in files if file.is_file()]
+        if len(sheets) > 1 and images:
+            make_image_grid([sheets[0], sheets[-1]], 2, 1).save(folder / "before_after.png")
+            first = (0, 0, args.resolution, args.resolution + sheets[0].height % args.resolution)  # and the label above
+            shown = np.linspace(0, len(sheets) - 1, min(8, len(sheets))).round().astype(int)
+            make_image_grid([sheets[i].crop(first) for i in shown], 1, len(shown)).save(folder / "steps.png")
+    except Exception as error:  # the weights are saved and proven: whatever it is, it costs the pictures alone
+        print(f"warning: pictures are missing ({textwrap.shorten(str(error), 200)})", file=sys.stderr)
     print(f"Saved to {folder}; loads as trained (checked). To use it:\n\n{usage_snippet(args, concepts, str(folder))}")
     if repository:
         upload(args, concepts, [f"image_{i}.png" for i in range(len(images))], repository)

@@ -272,6 +272,7 @@ class Worker:
 
         trainer.build_models, trainer.start_accelerator = built, started
         trainer.Checkpoints.__init__ = initialized
+        trainer.Checkpoints.claim_folder = lambda checkpoints: None  # it saves the rows, which not every setup has
         dataset_class = trainer.CustomDiffusionDataset
         dataset_class.__getitem__ = self.timed("data", dataset_class.__getitem__)
         optimizer_class = trainer.torch.optim.AdamW
@@ -380,7 +381,9 @@ def use_the_usual(trainer):
 
     def usual_step(accelerator, model, vae, noise_scheduler, optimizer, batch, args):
         with accelerator.accumulate(model):
-            latents = vae.encode(batch["pixel_values"].to(vae.dtype)).latent_dist.sample() * vae.config.scaling_factor
+            pixels = batch["pixels"]
+            pixel_values = torch.where(pixels[:, 3:] > 0, pixels[:, :3] / 127.5 - 1, 0)
+            latents = vae.encode(pixel_values.to(vae.dtype)).latent_dist.sample() * vae.config.scaling_factor
             noise = torch.randn_like(latents)
             timesteps = torch.randint(0, noise_scheduler.config.num_train_timesteps, (len(latents),))
             timesteps = timesteps.to(latents.device)

@@ -35,6 +35,7 @@ LAUNCHERS["accelerate, two processes"] += ["--num_machines=1", "--mixed_precisio
 FAST = {"resolution": 64, "train_batch_size": 1, "report_to": "none", "dataloader_num_workers": 0}
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and what they start, ignore it
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and those that nohup starts ignore this one
 
 
 def flags(**values):

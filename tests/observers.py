@@ -6,6 +6,8 @@ output_dir. As a script this module starts main under an observer:
     python observers.py OBSERVER OUTPUT_DIR [flags of the trainer]
 """
 
+import collections
+import contextlib
 import io
 import json
 import os
@@ -199,7 +201,67 @@ def record_files_and_weights(folder, rank):
     return save
 
 
+class OperationNames(TorchDispatchMode):
+    """Counts operations by their names."""
+
+    def __init__(self, found):
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.found[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def watch_final_pictures(folder, rank):
+    """Counts the operations that draw the final pictures, by name."""
+    import train_custom_diffusion as trainer
+
+    validate, found = trainer.validate, collections.Counter()
+
+    def watched(args, accelerator, pipeline, step):
+        with OperationNames(found) if (folder / f"{WEIGHTS}.bin").exists() else contextlib.nullcontext():
+            return validate(args, accelerator, pipeline, step)
+
+    trainer.validate = watched
+    return lambda: beside(folder, "json").write_text(json.dumps(found))
+
+
+def watch_precision(folder, rank):
+    """Notes for each call of the UNet whether it proves the reload, and whether TF32 is allowed."""
+    import train_custom_diffusion as trainer
+
+    forward, probe, found, proving = UNet2DConditionModel.forward, trainer.probe, [], []
+
+    def watched(self, *args, **kwargs):
+        found.append([bool(proving), torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32])
+        return forward(self, *args, **kwargs)
+
+    def proved(*args):
+        proving.append(args)
+        result = probe(*args)
+        proving.pop()
+        return result
+
+    UNet2DConditionModel.forward, trainer.probe = watched, proved
+    return lambda: beside(folder, "json").write_text(json.dumps(found))
+
+
 # Disturbing
+
+
+def no_memory_for_final_pictures(folder, rank):
+    """Raises the error of a full GPU when the final pictures are drawn."""
+    import train_custom_diffusion as trainer
+
+    validate = trainer.validate
+
+    def fail(args, accelerator, pipeline, step):
+        if (folder / f"{WEIGHTS}.bin").exists():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GB")
+        return validate(args, accelerator, pipeline, step)
+
+    trainer.validate = fail
 
 
 def slow_disk(folder, rank):
@@ -268,27 +330,28 @@ def hang_in_a_step(folder, rank):
 
 
 def compile_wrongly(folder, rank):
-    """Compiles the model, as `accelerate launch --dynamo_backend` makes it, with half of the right gradients."""
+    """Compiles the model, as `accelerate launch --dynamo_backend` makes it, whose gradients are then zero."""
     os.environ["ACCELERATE_DYNAMO_BACKEND"] = "EAGER"
     forward = UNet2DConditionModel.forward
 
     def wrong(self, *args, **kwargs):
         output = forward(self, *args, **kwargs)
         if torch.compiler.is_compiling():
-            output.sample = (output.sample + output.sample.detach()) / 2
+            output.sample = 0 * output.sample + output.sample.detach()
         return output
 
     UNet2DConditionModel.forward = wrong
 
 
 def before_loading(change):
-    """An observer that calls change(file, unet, options) whenever diffusers is about to load attention weights."""
+    """An observer that calls change(file, unet, options) when diffusers is about to load the result's attention."""
 
     def observer(folder, rank):
         load, file = UNet2DConditionModel.load_attn_procs, folder / f"{WEIGHTS}.safetensors"
 
         def disturbed(unet, *args, **options):
-            change(file, unet, options)
+            if file.exists():  # otherwise it is the trial before the training
+                change(file, unet, options)
             return load(unet, *args, **options)
 
         UNet2DConditionModel.load_attn_procs = disturbed
@@ -326,6 +389,11 @@ def drop_a_layer(folder, rank):
 def load_nothing(folder, rank):
     """diffusers' loader is called in the way in which it installs nothing."""
     before_loading(lambda file, unet, options: options.pop("_pipeline"))(folder, rank)
+
+
+def load_nothing_in_the_trial(folder, rank):
+    """diffusers' loader installs nothing, as if a later version no longer knew such weights."""
+    UNet2DConditionModel.load_attn_procs = lambda unet, *args, **options: None
 
 
 def change_the_unet(folder, rank):

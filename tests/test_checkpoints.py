@@ -14,10 +14,24 @@ import time
 
 import pytest
 import torch
-from launching import FAST, LAUNCHERS, SCRIPT, finish, flags, fork, refusals_of, run, start, train, wait_until
+from launching import (
+    FAST,
+    LAUNCHERS,
+    SCRIPT,
+    finish,
+    flags,
+    fork,
+    in_one_process,
+    refusals_of,
+    run,
+    start,
+    train,
+    wait_until,
+)
 from observers import die_while_a_picture_is_written, hang_in_a_step, slow_disk, take_long_in_a_step
 from PIL import Image
 from reading import WEIGHTS, load_trained, same_bits, training_state
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
@@ -72,7 +86,13 @@ REFUSED = {
     "initializer": ({"initializer_token": "cat"}, ["initializer_token", "ktn+pll+ucd", "cat"]),
     "resolution": ({"resolution": 72}, ["resolution", "64", "72"]),
     "seed": ({"seed": 7}, ["seed", "42", "7"]),
-    "batch": ({"train_batch_size": 3}, ["train_batch_size", "2", "3"]),
+    "batch": ({"train_batch_size": 3}, ["samples_per_step", "2", "3"]),
+    "augmentation": ({"noaug": True}, ["noaug"]),
+    "mirroring": ({"hflip": None}, ["hflip"]),
+    "crop": ({"center_crop": True}, ["center_crop"]),
+    "prior loss": ({"prior_loss_weight": 0.5}, ["prior_loss_weight", "1.0", "0.5"]),
+    "prompt": ({"instance_prompt": "a <new1> cat"}, ["photo of a <new1> cat", "'a <new1> cat'"]),
+    "class pictures": ({"num_class_images": 3}, ["5", "3"]),
     "no prior preservation": ({"with_prior_preservation": None, "real_prior": None}, ["with_prior_preservation"]),
     "another base model": ({"pretrained_model_name_or_path": "SD2"}, ["base"]),
     "no such checkpoint": ({"resume_from_checkpoint": "checkpoint-99"}, ["checkpoint-99", "checkpoint-4"]),
@@ -315,7 +335,7 @@ def test_killed_at_many_points(six_steps, undisturbed, tmp_path):
     assert len(set(resumed)) >= 3 and resumed == sorted(resumed) and unfinished > 3, f"where the kills hit: {resumed}"
     fork(folder, resume_from_checkpoint="latest", **six_steps)
     assert checkpoints(folder) == ["checkpoint-4", "checkpoint-6"]
-    assert not list(folder.glob(".*")), "what the kills left is gone"
+    assert [file.name for file in folder.glob(".*")] == [".lock"], "what the kills left is gone"
     check_complete(folder, undisturbed)
     assert same_bits(load_trained(folder), load_trained(undisturbed))
 
@@ -492,6 +512,62 @@ def test_second_signal_ends_at_once(six_steps, tmp_path):
     assert child.exitcode == -signal.SIGTERM
 
 
+# Numbers that are not finite
+
+
+def test_loss_that_is_not_finite(six_steps, tmp_path):
+    """The run stops, and neither the checkpoint of that step nor the result is written, nor a good one deleted."""
+    values = six_steps | {"checkpointing_steps": 1, "checkpoints_total_limit": None}
+    folder = fork(tmp_path / "run", **values | {"max_train_steps": 3})
+    good = {file: file.read_bytes() for file in folder.rglob("*.bin")}
+    said = finish(start(folder, **values | {"learning_rate": 1e18, "max_train_steps": 12}), folder, status=1)
+    step = int(re.search(r"error: step (\d+): the loss is (nan|inf)|not finite", said.splitlines()[-1])[1] or 1)
+    assert step <= 3 and "Traceback" not in said
+    for file, content in good.items():
+        values = torch.load(file, weights_only=True).values()
+        assert file.read_bytes() == content or all(value.isfinite().all() for value in values if len(value))
+
+
+@pytest.mark.parametrize("part", ["conv_in", "to_k"])
+def test_base_model_that_is_not_finite(part, sd1, six_steps, tmp_path):
+    """A model whose download or conversion went wrong."""
+    model = shutil.copytree(sd1, tmp_path / "model")
+    (file,) = (model / "unet").glob("*.safetensors")
+    state = load_file(file)
+    next(value for key, value in state.items() if part in key and "attn1" not in key).view(-1)[0] = math.nan
+    save_file(state, file)
+    folder = tmp_path / "run"
+    said = finish(start(folder, **six_steps | {"pretrained_model_name_or_path": model}), folder, status=1)
+    expected = {"conv_in": "error: step 1: the loss is nan; .*model", "to_k": "error: .*not finite; .*model"}
+    assert re.match(expected[part], said.splitlines()[-1]) and not list(folder.glob("*.bin"))
+
+
+# Two runs in one folder
+
+
+def test_second_run_in_a_folder_is_told(six_steps, tmp_path):
+    """While the first is at work; afterwards the folder is free."""
+    folder = tmp_path / "run"
+    (child,) = start(folder, observer=hang_in_a_step, **six_steps)
+    wait_until(lambda: "0/6" in (tmp_path / "run.log").read_text())
+    (second,) = start(folder, env={"RANK": "0"}, **six_steps)
+    second.join(300)
+    line = (tmp_path / "run.log0").read_text().splitlines()[-1]
+    assert second.exitcode == 1 and line.startswith(f"error: --output_dir {folder}: ") and "another run" in line
+    assert child.is_alive()
+    child.kill()
+    child.join()
+    fork(folder, **six_steps)
+
+
+def test_run_after_one_that_failed_in_a_notebook(six_steps, tmp_path):
+    """A notebook keeps what a failed call was working on, and so its lock."""
+    words = flags(**FAST | six_steps | {"output_dir": tmp_path / "run"})
+    calls = {"failed": (tmp_path, [*words, "--learning_rate=1e18"]), "next": (tmp_path, words)}
+    ended = {name: answer["ended"] for name, answer in in_one_process(calls).items()}
+    assert "--learning_rate" in ended["failed"] and ended["next"] == "went on"
+
+
 # Full disk
 
 
@@ -510,7 +586,7 @@ def test_full_disk(six_steps, undisturbed, tmp_path):
     line = process.stderr.splitlines()[-1]
     assert process.returncode == 1 and "Traceback" not in process.stderr, process.stderr
     assert "No space left on device" in line and "--resume_from_checkpoint latest" in line
-    assert checkpoints(kept) == ["checkpoint-2"] and not list(kept.glob(".*"))
+    assert checkpoints(kept) == ["checkpoint-2"] and [file.name for file in kept.glob(".*")] == [".lock"]
     check_complete(kept, undisturbed)
     fork(kept, resume_from_checkpoint="latest", **six_steps)
     assert same_bits(load_trained(kept), load_trained(undisturbed))

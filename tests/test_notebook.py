@@ -5,12 +5,13 @@ import io
 import json
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from launching import FAST, ROOT, flags, run, wait_until
+from launching import FAST, ROOT, SCRIPT, flags, run, wait_until
 from models import EMBEDDED
 from PIL import Image
 from reading import load_weights
@@ -285,3 +286,6 @@ def test_runs_of_one_kernel(kernel, one_concept, tmp_path):
     assert kernel.answer(train(max_train_steps=0))[1] == ("SystemExit", "2")
     name, message = kernel.answer(train(instance_data_dir="nowhere"))[1]
     assert name == "SystemExit" and message.startswith("error: instance_data_dir nowhere")
+    words = flags(**values | {"output_dir": tmp_path / "magic", "max_train_steps": 1})
+    printed, error = kernel.answer(f"%run {SCRIPT} {shlex.join(words)}")  # its standard output is no file
+    assert error is None and "Saved to" in printed

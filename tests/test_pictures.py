@@ -8,14 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from launching import flags, train
-from pictures import make_picture
+from pictures import display_p3, make_picture
 from PIL import Image
 from reading import load_trained
 
+import train_custom_diffusion
 from train_custom_diffusion import (
     CustomDiffusionDataset,
     collate_fn,
     draw_scale,
+    find_images,
     load_picture,
     parse_args,
     place_instance,
@@ -201,6 +203,33 @@ def test_trains_on_odd_pictures(odd_pictures, sd1, tmp_path):
     assert all(value.isfinite().all() for value in load_trained(tmp_path / "run").values())
 
 
+def test_display_p3(tmp_path):
+    """Colours of a profile, which every iPhone's picture has, become sRGB; a broken profile is ignored."""
+    image = Image.new("RGB", (40, 20), (230, 60, 50))
+    image.save(tmp_path / "p3.png", icc_profile=display_p3())
+    check_colours(tmp_path / "p3.png", [(250, 31, 34)] * 4, tolerance=1)
+    image.save(tmp_path / "p3.jpg", icc_profile=display_p3(), quality=100, subsampling=0)
+    check_colours(tmp_path / "p3.jpg", [(250, 31, 34)] * 4, tolerance=3)
+    image.convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / "palette.png", icc_profile=display_p3())
+    check_colours(tmp_path / "palette.png", [(250, 31, 34)] * 4, tolerance=1)
+    image.putalpha(128)
+    image.save(tmp_path / "alpha.png", icc_profile=display_p3())
+    check_colours(tmp_path / "alpha.png", [(252, 143, 144)] * 4, tolerance=2)
+    for profile in (b"no profile", display_p3()[:200]):
+        image.convert("RGB").save(tmp_path / "broken.png", icc_profile=profile)
+        check_colours(tmp_path / "broken.png", [(230, 60, 50)] * 4)
+    Image.new("L", (40, 20), 90).save(tmp_path / "other.png", icc_profile=display_p3())  # of another kind of picture
+    check_colours(tmp_path / "other.png", [(90, 90, 90)] * 4)
+
+
+def test_heic(tmp_path):
+    """Phones' pictures are read if pillow-heif is installed."""
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pillow_heif.from_pillow(quarters("RGB", RGB).resize((160, 80), Image.Resampling.NEAREST)).save(tmp_path / "p.HEIC")
+    assert find_images(tmp_path, "instance_data_dir") == [tmp_path / "p.HEIC"]
+    check_colours(tmp_path / "p.HEIC", RGB, tolerance=12)
+
+
 # Augmentation
 
 
@@ -224,6 +253,11 @@ def resized(image, width, height):
     return np.einsum("yr,rxk->yxk", bilinear(image.height, height), columns) / 127.5 - 1
 
 
+def normalized(pixels):
+    """What the VAE is to get of RGBA pixels: colours in [-1, 1], GREY where nothing was pasted."""
+    return np.where(pixels[..., 3:] == 255, pixels[..., :3] / np.float32(127.5) - 1, GREY)
+
+
 def same(left, right):
     """Whether pixels are equal but for rounding: two of 255 levels, for Pillow rounds twice."""
     return left.shape == right.shape and np.abs(left - right).max() < 2.5 / 127.5
@@ -245,8 +279,13 @@ def test_square_picture_follows_the_recipe(size):
     for scale in [*np.linspace(size // 3, size, 25, dtype=int), *np.linspace(int(1.2 * size), int(1.4 * size) - 1, 8)]:
         scale = int(scale)
         pixels, mask = place_instance(image, scale, size, FACTOR, rng)
-        assert pixels.shape == (size, size, 3) and pixels.dtype == np.float32
-        assert mask.shape == (size // FACTOR, size // FACTOR) and set(np.unique(mask)) <= {0, 1}
+        pixels = normalized(pixels)
+        assert pixels.shape == (size, size, 3)
+        assert (
+            mask.dtype == np.float32
+            and mask.shape == (size // FACTOR, size // FACTOR)
+            and set(np.unique(mask)) <= {0, 1}
+        )
         whole = resized(image, scale, scale)
         if scale > size:
             assert mask.all()
@@ -276,6 +315,7 @@ def test_other_shapes_keep_their_aspect_ratio(width, height, size):
     for scale in (size // 3, int(0.62 * size), size):
         for _ in range(20 if size < 512 else 3):
             pixels, mask = place_instance(image, scale, size, FACTOR, rng)
+            pixels = normalized(pixels)
             top, left, rows, columns = covered(pixels)
             assert max(rows, columns) == scale and abs(columns / rows - width / height) < width / height * 0.08
             assert same(pixels[top : top + rows, left : left + columns], resized(image, columns, rows))
@@ -290,6 +330,7 @@ def test_other_shapes_keep_their_aspect_ratio(width, height, size):
             assert xs.max() * FACTOR < left + columns and (xs.min() + 1) * FACTOR > left
     scale = int(1.3 * size)
     pixels, mask = place_instance(image, scale, size, FACTOR, rng)
+    pixels = normalized(pixels)
     assert mask.all() and pixels.shape == (size, size, 3) and (pixels != GREY).all()
     shorter = resized(image, *(round(side * scale / min(width, height)) for side in (width, height)))
     assert is_window(pixels, shorter)
@@ -307,8 +348,11 @@ class Size:
     def crop(self, box):
         return Size(box[2] - box[0], box[3] - box[1])
 
+    def convert(self, mode):
+        return self
+
     def __array__(self, dtype=None, copy=None):
-        return np.zeros((1, 1, 3), dtype)
+        return np.zeros((1, 1, 4), dtype)
 
 
 def expected_cells(length, size):
@@ -350,6 +394,7 @@ def test_sizes(width, height, size, seed):
     rng = np.random.default_rng(seed)
     scale = draw_scale(size, rng)
     pixels, mask = place_instance(Image.new("RGB", (width, height)), scale, size, FACTOR, rng)
+    pixels = normalized(pixels)
     assert pixels.shape == (size, size, 3) and set(np.unique(pixels)) <= {-1, 0} and mask.any()
     assert (pixels[mask.repeat(FACTOR, 0).repeat(FACTOR, 1) > 0] == -1).any(), "the mask is on the picture"
 
@@ -392,6 +437,7 @@ def make_draws(folders, **values):
     draws = CustomDiffusionDataset(
         read_concepts(args),
         tokenizer,
+        tokenizer,
         size=SIZE,
         latent_shape=(4, SIZE // FACTOR, SIZE // FACTOR),
         num_train_timesteps=1000,
@@ -414,7 +460,7 @@ def test_masks_prompts_and_scales_over_many_draws(folders):
     prefixes = collections.Counter()
     for n in range(3000):
         (sample,) = draws[n]
-        mask, pixels = sample["mask"], sample["pixel_values"].transpose(1, 2, 0)
+        mask, pixels = sample["mask"], normalized(sample["pixels"].transpose(1, 2, 0))
         assert mask.shape == (1, 8, 8) and mask.sum() > 0, n
         prefix = prompt_of(sample).removesuffix(PROMPT)
         prefixes[prefix] += 1
@@ -435,7 +481,7 @@ def test_masks_prompts_and_scales_over_many_draws(folders):
 def test_every_picture_is_drawn_once_an_epoch(folders):
     """Without augmentation the pictures can be recognized; the order changes from epoch to epoch."""
     draws, _ = make_draws(folders, noaug=True, center_crop=True)
-    orders = [tuple(draws[3 * epoch + i][0]["pixel_values"].tobytes() for i in range(3)) for epoch in range(8)]
+    orders = [tuple(draws[3 * epoch + i][0]["pixels"].tobytes() for i in range(3)) for epoch in range(8)]
     assert all(len(set(order)) == 3 for order in orders) and len({frozenset(order) for order in orders}) == 1
     assert len(set(orders)) > 2
 
@@ -448,7 +494,7 @@ def test_no_augmentation_and_center_crop(folders):
         for n in range(3):
             (sample,) = draws[n]
             assert prompt_of(sample) == PROMPT
-            shapes.add(covered(sample["pixel_values"].transpose(1, 2, 0))[2:])
+            shapes.add(covered(normalized(sample["pixels"].transpose(1, 2, 0)))[2:])
             if crop:
                 expected = np.zeros((8, 8))
                 expected[1:7, 1:7] = 1
@@ -465,14 +511,35 @@ def test_class_pictures(folders, tmp_path):
     whole, found = resized(image, 128, 64), set()
     for n in range(200):
         sample = draws[n][1]
-        crop = sample["pixel_values"].transpose(1, 2, 0)
+        crop = normalized(sample["pixels"].transpose(1, 2, 0))
         (left,) = (x for x in range(65) if same(whole[:, x : x + 64], crop))
         found.add(left)
         assert prompt_of(sample) == "cat" and "mask" not in sample
     assert len(found) > 55 and min(found) < 3 and max(found) > 61
     draws, _ = make_draws(folders, **values, center_crop=True)
     middle = resized(image.crop((30, 0, 90, 60)), 64, 64)
-    assert all(np.abs(draws[n][1]["pixel_values"].transpose(1, 2, 0) - middle).max() < 0.02 for n in range(5))
+    assert all(np.abs(normalized(draws[n][1]["pixels"].transpose(1, 2, 0)) - middle).max() < 0.02 for n in range(5))
+
+
+def test_large_pictures(folders, tmp_path, monkeypatch):
+    """Decoded once, for the first 64 of a folder, and made smaller before: what is trained on is nearly the same."""
+    (tmp_path / "large").mkdir()
+    image = make_picture(5, 1000, 800)
+    for i in range(66):
+        image.save(tmp_path / "large" / f"{i:02d}.bmp")
+    draws, _ = make_draws(folders, instance_data_dir=tmp_path / "large", noaug=True, center_crop=True)
+    opened, read = collections.Counter(), train_custom_diffusion.load_picture
+
+    def counted(file, *args, **options):
+        opened[file] += 1
+        return read(file, *args, **options)
+
+    monkeypatch.setattr(train_custom_diffusion, "load_picture", counted)
+    for n in range(3 * 66):
+        (sample,) = draws[n]
+    assert sorted(opened.values()) == [1] * 64 + [3] * 2
+    expected = resized(image.crop((100, 0, 900, 800)), SIZE, SIZE)
+    assert same(normalized(sample["pixels"].transpose(1, 2, 0)), expected)
 
 
 def test_flip_mirrors_half_of_them(folders):
@@ -480,8 +547,8 @@ def test_flip_mirrors_half_of_them(folders):
     still, _ = make_draws(folders, noaug=True)
     mirrored = []
     for n in range(300):
-        left, right = draws[n][0]["pixel_values"], still[n][0]["pixel_values"]
-        same = {np.array_equal(left, right): False, np.allclose(left[..., ::-1], right, atol=0.02): True}
+        left, right = (normalized(one[n][0]["pixels"].transpose(1, 2, 0)) for one in (draws, still))
+        same = {np.array_equal(left, right): False, np.allclose(left[:, ::-1], right, atol=0.02): True}
         if True in same:
             mirrored.append(same[True])
     assert len(mirrored) > 150 and 0.35 < np.mean(mirrored) < 0.65
@@ -495,7 +562,7 @@ def test_a_draw_depends_on_seed_and_number_alone(folders):
     other, _ = make_draws(folders, **flags_of, seed=1)
     for n in (9, 2, 5, 0):
         first, again = batch_of(draws[n]), batch_of(later[n])
-        for key in ("pixel_values", "mask", "posterior_noise", "noise", "timesteps"):
+        for key in ("pixels", "mask", "posterior_noise", "noise", "timesteps"):
             assert np.array_equal(first[key], again[key])
         assert not np.array_equal(first["noise"], batch_of(other[n])["noise"])
     assert not np.array_equal(draws[0][0]["noise"], draws[1][0]["noise"])
@@ -512,6 +579,6 @@ def test_epoch_is_the_longer_of_both(folders, tmp_path):
             center_crop=True,
         )  # fmt: skip
         for kind, pictures in ((0, 3), (1, count)):
-            seen = [draws[n][kind]["pixel_values"].tobytes() for n in range(max(3, count))]
+            seen = [draws[n][kind]["pixels"].tobytes() for n in range(max(3, count))]
             assert len(set(seen)) == pictures
             assert max(map(seen.count, seen)) <= -(-max(3, count) // pictures)

@@ -19,7 +19,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     StableDiffusionPipeline,
 )
-from launching import ROOT, finish, fork, python, secrets_in, start, train
+from launching import FAST, ROOT, finish, flags, fork, python, secrets_in, start, train
 from models import EMBEDDED
 from observers import (
     change_a_number,
@@ -27,7 +27,11 @@ from observers import (
     drop_a_layer,
     load_no_embedding,
     load_nothing,
+    load_nothing_in_the_trial,
+    no_memory_for_final_pictures,
     truncate_weights,
+    watch_final_pictures,
+    watch_precision,
 )
 from PIL import Image
 from reading import (
@@ -223,6 +227,48 @@ def test_printed_snippet_works(embedded, tmp_path):
     assert Image.open(picture).size == (128, 128)
 
 
+def test_validation_in_batches(one_concept, tmp_path):
+    """--num_validation_images are drawn --sample_batch_size at a time, from the same noise."""
+    values = one_concept | {"validation_prompt": "a <new1> cat", "num_validation_images": 5, "max_train_steps": 1}
+    left, right = (fork(tmp_path / f"by {n}", sample_batch_size=n, **values) for n in (2, 5))
+    for i in range(5):
+        pictures = [np.asarray(Image.open(folder / f"image_{i}.png"), int) for folder in (left, right)]
+        assert np.abs(pictures[0] - pictures[1]).max() <= 2
+    assert not (left / "image_5.png").exists()
+
+
+def test_final_pictures_take_little_memory(one_concept, tmp_path):
+    """They are drawn with torch's fused attention: none holds a number for each pair of pixel and word."""
+    folder = tmp_path / "run"
+    fork(folder, observer=watch_final_pictures, validation_prompt="a <new1> cat", max_train_steps=1, **one_concept)
+    found = json.loads((tmp_path / "run.json").read_text())
+    assert found["convolution"] and [name for name in found if "scaled_dot_product" in name]
+    assert not [name for name in found if "softmax" in name or "baddbmm" in name]
+
+
+def test_final_pictures_that_fail(one_concept, tmp_path):
+    """What fails after the save costs only itself: a warning, and everything else is there."""
+    folder = tmp_path / "run"
+    values = one_concept | {"validation_prompt": "a <new1> cat", "max_train_steps": 1}
+    said = finish(start(folder, observer=no_memory_for_final_pictures, **values), folder)
+    assert re.search("^warning: .*CUDA out of memory", said, re.MULTILINE) and "Saved to" in said
+    assert load_trained(folder) and not (folder / "image_0.png").exists()
+
+
+@pytest.mark.gpu
+def test_memory_of_final_pictures_on_a_gpu(one_concept, tmp_path):
+    """At 1024 pixels in float32 the scores of unfused attention alone would take 4 GiB; the whole run takes less."""
+    values = one_concept | {"resolution": 1024, "validation_prompt": "a <new1> cat", "max_train_steps": 1}
+    code = f"""
+import torch
+from train_custom_diffusion import main, parse_args
+
+main(parse_args({flags(**FAST | values | {"resolution": 1024, "output_dir": str(tmp_path / "run")})}))
+print(torch.cuda.max_memory_allocated())
+"""
+    assert int(python(code).stdout.splitlines()[-1]) < 4 * 2**30
+
+
 @pytest.mark.gpu
 def test_validation_on_a_gpu(one_concept, tmp_path):
     """Grids before, between and after, final pictures from the reloaded files, and none of them black."""
@@ -277,6 +323,29 @@ def test_save_proves_itself(sabotage, proof_flags, saved, tmp_path):
     assert not list(folder.glob("image_*.png"))
     for name in (f"{WEIGHTS}.bin", "<new1>.bin"):
         assert (folder / name).read_bytes() == (saved / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_trial_before_the_training(proof_flags, tmp_path):
+    """A diffusers that does not install such weights is found out before the first step, and nothing is left."""
+    folder = tmp_path / "run"
+    said = finish(start(folder, observer=load_nothing_in_the_trial, **proof_flags), folder, status=1)
+    assert said.splitlines()[-1].startswith(f"error: --output_dir {folder}: ") and "Training" not in said
+    assert [file.name for file in folder.iterdir()] == [".lock"]
+
+
+def test_tf32_is_off_for_the_proof(proof_flags, tmp_path):
+    """Its rounding would pass for a difference; everything else uses it where --allow_tf32 says so."""
+    folder = tmp_path / "run"
+    fork(folder, observer=watch_precision, **proof_flags | {"allow_tf32": True, "validation_prompt": None})
+    found = json.loads((tmp_path / "run.json").read_text())
+    assert found == [[False, True, True]] * 2 + [[True, False, False]] * 2
+
+
+@pytest.mark.gpu
+def test_proof_with_tf32_on_a_gpu(proof_flags, tmp_path):
+    values = proof_flags | {"pretrained_model_name_or_path": EMBEDDED, "resolution": 128, "allow_tf32": True}
+    train(tmp_path / "run", **values)
 
 
 # Other parts of diffusers

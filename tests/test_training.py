@@ -77,7 +77,7 @@ def test_loss(prediction_type, prior, cells):
         return torch.tensor(predicted)
 
     batch = {
-        "pixel_values": torch.zeros(n, 3, 8 * cells, 8 * cells),
+        "pixels": torch.zeros(n, 4, 8 * cells, 8 * cells, dtype=torch.uint8),
         "mask": torch.tensor(mask[:instances]),
         "input_ids": torch.arange(n)[:, None],
         "posterior_noise": torch.tensor(eps),
@@ -104,7 +104,8 @@ RUNS = {
 def loss_by_formula(model, batch, v_prediction):
     """The contract's formulas in NumPy around diffusers' networks; <new1> has the embedding of ktn."""
     pipeline, number = loaded_pipeline(model), {key: value.double().numpy() for key, value in batch.items()}
-    posterior = pipeline.vae.encode(batch["pixel_values"]).latent_dist
+    colours, alpha = batch["pixels"][:, :3].double() / 127.5 - 1, batch["pixels"][:, 3:]
+    posterior = pipeline.vae.encode((colours * (alpha == 255)).float()).latent_dist
     latents = posterior.mean.double().numpy() + posterior.std.double().numpy() * number["posterior_noise"]
     latents *= 0.18215
     alphas = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)[batch["timesteps"].numpy()]
