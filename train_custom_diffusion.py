@@ -561,11 +561,11 @@ def load_pipeline(args, tokenizer):
     options = {"revision": args.revision, "variant": args.variant, "tokenizer": tokenizer, "safety_checker": None}
     options |= {"feature_extractor": None, "requires_safety_checker": False}  # what is not needed is not asked for
     with failing_as(subject, "give a complete model, and --variant fp16 if its weight files are named so"):
-        scheduler = DPMSolverMultistepScheduler.load_config(name, subfolder="scheduler", revision=args.revision)
-        # what the model was trained with: its scheduler's other settings may fit no other, or its class want a package
-        scheduler = {key: value for key, value in scheduler.items() if key in SCHEDULER_SETTINGS}
-        options["scheduler"] = DPMSolverMultistepScheduler.from_config(scheduler)
-        pipeline = StableDiffusionPipeline.from_pretrained(name, **options)
+        config = DDPMScheduler.load_config(name, subfolder="scheduler", revision=args.revision)
+        pipeline = StableDiffusionPipeline.from_pretrained(name, **options, scheduler=None)
+    # what the model was trained with: its scheduler's other settings may fit no other, and its class want a package
+    config = {key: value for key, value in config.items() if key in SCHEDULER_SETTINGS}
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(config)
     unet, vae, factor = pipeline.unet.config, pipeline.vae.config, pipeline.vae_scale_factor
     if unet.in_channels != vae.latent_channels:  # for inpainting, for example
         fail(subject, f"its UNet takes {unet.in_channels} channels, its VAE has {vae.latent_channels}; give another")
@@ -926,7 +926,7 @@ def main(args):
     repository = start_reporting(args, accelerator)
     if accelerator.is_main_process:
         checkpoints.claim_folder()
-    starts = tokenizer.convert_ids_to_tokens(initializer_ids)
+    starts = [token.removesuffix("</w>") for token in tokenizer.convert_ids_to_tokens(initializer_ids)]
     print_summary(accelerator, args, concepts, trained, starts, max_train_steps, samples_per_step)
 
     # Train: one optimizer step per gradient_accumulation_steps micro-batches
@@ -943,9 +943,8 @@ def main(args):
             step += 1
             logs = {"loss": accelerator.reduce(step_loss, "mean").item(), "lr": lr_scheduler.get_last_lr()[0]}
             if not math.isfinite(logs["loss"]):  # the same in all processes
-                fail(
-                    f"step {step}", f"the loss is {logs['loss']}; lower --learning_rate, or the model or VAE is corrupt"
-                )
+                remedy = "lower --learning_rate, or the model or VAE is corrupt"
+                fail(f"step {step}", f"the loss is {logs['loss']}; {remedy}")
             progress.set_postfix(loss=f"{logs['loss']:.4f}", lr=f"{logs['lr']:.2e}", refresh=False)
             progress.update()
             accelerator.log(logs, step=step)

@@ -596,6 +596,18 @@ def test_folder_named_like_a_package(folder, sd1):
     refuse(folder, values, 1, ["pip install xformers"], env=os.environ | {"PYTHONPATH": str(folder)})
 
 
+def test_phone_pictures_without_pillow_heif(folder, sd1):
+    """They are left out, and the run says which and what to do."""
+    for name in ("IMG_1.HEIC", "IMG_2.heif"):
+        (folder / "cat" / name).write_bytes(b"a picture")
+    (folder / "pillow_heif.py").write_text("raise ImportError('not here')")
+    values = good_flags(folder, sd1) | {"output_dir": folder / "run"}
+    process = run(sys.executable, SCRIPT, *flags(**values), env=os.environ | {"PYTHONPATH": str(folder)})
+    assert process.returncode == 0, process.stderr
+    (line,) = (line for line in process.stdout.splitlines() if "IMG_1.HEIC, IMG_2.heif" in line)
+    assert "instance_data_dir" in line and "pip install pillow-heif" in line
+
+
 # Versions: one line, before imports that would fail in their own ways
 
 

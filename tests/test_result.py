@@ -334,6 +334,16 @@ def test_trial_before_the_training(proof_flags, tmp_path):
     assert [file.name for file in folder.iterdir()] == [".lock"]
 
 
+@pytest.mark.slow
+def test_word_that_is_no_file_name(proof_flags, tmp_path):
+    """Some file systems do not take "<"; every one has a limit of length. The run ends before the first step."""
+    folder, word = tmp_path / "run", "w" * 300
+    flags = proof_flags | {"modifier_token": word, "instance_prompt": f"photo of a {word} cat"}
+    said = finish(start(folder, **flags), folder, status=1)
+    assert re.match(f"error: --output_dir {folder}: .*File name too long", said.splitlines()[-1]), said[-600:]
+    assert "Training" not in said and [file.name for file in folder.iterdir()] == [".lock"]
+
+
 def test_tf32_is_off_for_the_proof(proof_flags, tmp_path):
     """Its rounding would pass for a difference; everything else uses it where --allow_tf32 says so."""
     folder = tmp_path / "run"
