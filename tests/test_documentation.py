@@ -179,7 +179,7 @@ def test_flags_that_are_named_exist(page):
     """In sentences; those in code blocks are used."""
     files = [ROOT / "train_custom_diffusion.py", ROOT / "retrieve.py", *(ROOT / "benchmarks").glob("*.py")]
     known = {name for file in files for name in re.findall(r'"--(\w+)"', file.read_text("utf-8"))}
-    known |= {"num_processes", "multi_gpu", "dynamo_backend", "logdir"}  # accelerate's and tensorboard's
+    known |= {"num_processes", "multi_gpu", "dynamo_backend", "logdir", "shm"}  # accelerate, tensorboard, docker
     named = set(re.findall(r"(?<![\w-])--(\w+)", BLOCK.sub("", PAGES[page])))
     assert named - known - {"name"} == set()  # --name=value stands for any
 
