@@ -1,0 +1,280 @@
+#!/usr/bin/env python3
+"""Join concepts that were trained apart, or keep one concept apart from the rest of the model, in closed form.
+
+One result: the new word keeps what it has learned, and everything else goes back to what it was:
+    python scripts/merge.py results/cat --pretrained_model_name_or_path assets/model --output_dir results/cat-apart
+
+Several results: their words work together in one model:
+    python scripts/merge.py results/cat results/pot --pretrained_model_name_or_path assets/model \\
+        --rename "results/pot:<new1>=<new2>" --output_dir results/merged
+
+Takes seconds, and needs neither a GPU nor pictures: keys and values of the cross-attention see text features alone.
+"""
+
+import argparse
+import functools
+import io
+import json
+import os
+import re
+from pathlib import Path
+
+OPENINGS = ("photo of a {}", "a photo of a {}", "a picture of a {}", "a {}", "{}", "my {}", "a painting of a {}")
+ENDINGS = (
+    "",
+    " on the beach",
+    " in a garden",
+    " at night",
+    " on a table",
+    " on a white background",
+    " next to a house",
+)
+CAPTIONS = Path(__file__).with_name("captions.txt")
+
+
+def parse_args(input_args=None):
+    """Reads the command line, or the list of strings `input_args`, into a checked `argparse.Namespace`."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    parser.usage = (
+        "python scripts/merge.py RESULT [RESULT ...] --pretrained_model_name_or_path MODEL --output_dir FOLDER"
+    )
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")  # without the usage: one line
+    path = os.path.expanduser
+    # fmt: off
+    add = parser.add_argument
+    add("results", type=path, nargs="+", metavar="RESULT", help="output_dir of a run, a checkpoint, or a hub repository")
+    add("--pretrained_model_name_or_path", type=path, required=True, help="base model of the results")
+    add("--revision", help="revision of the base model on the hub")
+    add("--variant", help="variant of the base model's weight files, such as fp16")
+    add("--output_dir", type=path, required=True, help="folder for the new result")
+    add("--rename", nargs="+", default=[], metavar="RESULT:OLD=NEW", help="other words, if two results share one")
+    add("--weight", type=float, default=10.0, help="of the concepts; higher keeps more of them and less of the rest")
+    add("--class_weight", type=float, default=3.0, help="of the same prompts without the new word")
+    add("--captions", type=Path, default=CAPTIONS, help="file of captions that are to stay as they are, one a line")
+    add("--concepts", nargs="+", metavar="PHRASE", help='each word with its class, "<new1> cat"; default: as trained')
+    add("--ridge", type=float, default=1e-5, help="of the least squares; for --method paper 1e-2 is a start")
+    add("--method", choices=("least_squares", "paper"), default="least_squares",
+        help="paper: the concepts are kept exactly, whatever that costs the rest")
+    # fmt: on
+    return parser.parse_args(input_args)
+
+
+if __name__ == "__main__":
+    parse_args()  # so that --help and wrong arguments answer before the imports below, which take seconds
+
+import torch
+from export import WEIGHTS_FILE, fail, failing_as, read_base, read_result, subtract, write_file
+from safetensors import safe_open
+from safetensors.torch import save as serialize
+
+
+# ---------- The closed form -------------------------------------------------------------------------------------
+
+
+def gram(features):
+    """Mean of f^T f over the rows of features (n, dim): (dim, dim)."""
+    return features.T @ features / len(features)
+
+
+def filters(concepts, classes, captions, weight, class_weight, ridge):
+    """Returns a matrix (dim, dim) for each concept by which its trained change of any key or value is multiplied.
+
+    `concepts` and `classes` are lists of text features (n, dim), of prompts with the new word and of the same prompts
+    without it; `captions` (n, dim) are those of everything else. The new weights W minimize
+
+        ridge |W - W0|^2 + mean |(W - W0) r|^2 + class_weight sum_i mean |(W - W0) c_i|^2
+            + weight sum_i mean |(W - W_i) f_i|^2
+
+    over the features r of captions, c_i of classes and f_i of concepts, where W0 are the base model's weights and W_i
+    those trained for concept i. The minimum is W = W0 + sum_i (W_i - W0) M_i with M_i = weight G_i A^-1, where G_i is
+    the mean of f_i^T f_i and A the sum of all four terms' means: the same matrices for every layer.
+    """
+    wanted = [weight * gram(features) for features in concepts]
+    kept = ridge * torch.eye(captions.shape[1], dtype=captions.dtype) + gram(captions)
+    kept = kept + class_weight * sum(gram(features) for features in classes)
+    return [torch.linalg.solve(kept + sum(wanted), matrix).T for matrix in wanted]
+
+
+def exact_filters(concepts, captions, ridge):
+    """The same by Kumari et al. (2023), section 3.3: W f = W_i f for every feature of a concept, as a constraint.
+
+    Among such weights, those that move the captions' keys and values least. Nearly equal features contradict each other
+    where concepts differ, so `ridge` softens the constraints.
+    """
+    targets = torch.cat(concepts)
+    directions = torch.linalg.solve(gram(captions) + 1e-6 * torch.eye(captions.shape[1]).double(), targets.T).T
+    inverse = torch.linalg.solve(targets @ directions.T + ridge * torch.eye(len(targets)).double(), directions)
+    parts = inverse.split([len(features) for features in concepts])
+    return [features.T @ part for features, part in zip(concepts, parts, strict=True)]
+
+
+# ---------- Text features ---------------------------------------------------------------------------------------
+
+
+def load_text_encoder(args, words):
+    """Returns the base model's tokenizer and text encoder, float32, with the words' trained embeddings."""
+    with failing_as("packages", "run pip install -r requirements.txt, best in a new environment"):
+        import transformers
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    name, options = args.pretrained_model_name_or_path, {"revision": args.revision}
+    with failing_as(f"--pretrained_model_name_or_path {name}", "give the model that the results were trained on"):
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", **options)
+        options |= {"variant": args.variant, "use_safetensors": True, "dtype": torch.float32}
+        text_encoder = transformers.CLIPTextModel.from_pretrained(name, subfolder="text_encoder", **options)
+    for word, embedding in words.items():
+        if not tokenizer.add_tokens(transformers.AddedToken(word, normalized=False)):
+            fail(f"word {word}", "the model has it already; give the model that the results were trained on")
+        text_encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        text_encoder.get_input_embeddings().weight.data[tokenizer.convert_tokens_to_ids(word)] = embedding
+    return tokenizer, text_encoder
+
+
+@torch.no_grad()
+def encode(tokenizer, text_encoder, prompts):
+    """Text features of prompts, from the first word to the end token of each: (tokens of all, dim), float64.
+
+    The start token's are the same in every prompt, and keys and values of the padding were found to matter little.
+    """
+    features = []
+    for start in range(0, len(prompts), 50):
+        rows = [tokenizer(prompt, truncation=True, max_length=77).input_ids for prompt in prompts[start : start + 50]]
+        longest = max(map(len, rows))
+        ids = torch.tensor([row + [tokenizer.eos_token_id] * (longest - len(row)) for row in rows])
+        hidden_states = text_encoder(ids)[0].double()  # of a causal encoder, so what follows the end does not matter
+        features += [hidden_states[i, 1 : len(row)] for i, row in enumerate(rows)]
+    return torch.cat(features)
+
+
+# ---------- Results ---------------------------------------------------------------------------------------------
+
+
+def read_inputs(args):
+    """Returns {result: (trained weights, settings of its run)}, {word: embedding} and {word: result}."""
+    renamed = {}
+    for text in args.rename:
+        match = re.fullmatch(r"(.+):([^:=]+)=([^:=]+)", text)
+        if not match or match[1] not in args.results:
+            fail(f"--rename {text!r}", "give RESULT:OLD=NEW, with one of the results")
+        renamed[match[1], match[2]] = match[3]
+    inputs, words, origin = {}, {}, {}
+    for name in args.results:
+        trained, own_words, sources = read_result(name)
+        if any(".to_k." not in key and ".to_v." not in key for key in trained):
+            fail(name, "trained with --freeze_model crossattn; queries and outputs see pictures and can't be merged so")
+        with safe_open(sources[0], "pt") as content:
+            settings = json.loads((content.metadata() or {}).get("settings", "{}"))
+        inputs[name] = (trained, settings)
+        for word, embedding in own_words.items():
+            word = renamed.pop((name, word), word)
+            if word in words:
+                fail(name, f"has the word {word}, as {origin[word]} has; add --rename '{name}:{word}=<other>'")
+            words[word], origin[word] = embedding, name
+    for name, word in renamed:
+        fail(f"--rename {name}:{word}", "no such word in this result")
+    if not words:
+        fail(args.results[0], "no word in it; give a result that was trained with --modifier_token")
+    bases = {settings["base_model"] for _, settings in inputs.values() if "base_model" in settings}
+    if len(bases) > 1:
+        fail("results", "they were trained on different base models, as they record; give results of one")
+    return inputs, words, origin
+
+
+def find_phrases(args, inputs, words, origin):
+    """Returns {word: (phrase with the word, the same without it)}, such as ("<new1> cat", "cat"), as it was trained."""
+    phrases = {}
+    renamed = {text.rpartition(":")[2].split("=")[1]: text.rpartition(":")[2].split("=")[0] for text in args.rename}
+    for word in words:
+        trained_as = renamed.get(word, word)
+        prompts = [prompt for prompt, *_ in inputs[origin[word]][1].get("concepts", ())]
+        found = [
+            prompt[prompt.index(trained_as) :].replace(trained_as, word) for prompt in prompts if trained_as in prompt
+        ]
+        found = [phrase for phrase in args.concepts or () if word in phrase] + found
+        if not found:
+            fail(
+                f"word {word}",
+                f"{origin[word]} does not record its prompt; add --concepts '{word} cat', with its class",
+            )
+        phrases[word] = (found[0], " ".join(found[0].replace(word, " ").split()))
+    return phrases
+
+
+def write_result(args, inputs, base, merged, words, phrases):
+    """Writes weights and words as the trainer does, in both formats, so that everything takes the result."""
+    settings = {"modifier_token": "+".join(words), "concepts": [[phrase] for phrase, _ in phrases.values()]}
+    bases = [settings["base_model"] for _, settings in inputs.values() if "base_model" in settings]
+    settings |= {"base_model": bases[0]} if bases else {}
+    table = {}
+    for key, change in merged.items():
+        layer, _, rest = key.rpartition(".to_")  # "k.weight" or "v.weight"
+        kind, _, part = rest.partition(".")
+        table[f"{layer}.processor.to_{kind}_custom_diffusion.{part}"] = (base[key].double() + change).float()
+        table[f"{layer.removesuffix('2')}1.processor"] = torch.empty(0)  # diffusers' loader wants all layers
+    tables = {WEIGHTS_FILE: table} | {f"{word}.safetensors": {word: row} for word, row in words.items()}
+    for name, content in tables.items():
+        file, stream = Path(args.output_dir, name), io.BytesIO()
+        write_file(file, serialize(content, {"format": "pt", "settings": json.dumps(settings)}))
+        torch.save({key: value if value.numel() else {} for key, value in content.items()}, stream)
+        write_file(file.with_suffix(".bin"), stream.getvalue())
+
+
+# ---------- The run ---------------------------------------------------------------------------------------------
+
+
+def size(changes, matrix):
+    """Square root of sum tr(D G D^T) over changes D: how far they move keys and values, whose mean f^T f is G."""
+    return sum(float(((change @ matrix) * change).sum()) for change in changes.values()) ** 0.5
+
+
+def merge(args):
+    """Writes what `args` (from `parse_args`) describe, and says what of each concept is kept and what else moves."""
+    inputs, words, origin = read_inputs(args)
+    phrases = find_phrases(args, inputs, words, origin)
+    subject = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
+    names = {key for trained, _ in inputs.values() for key in trained}
+    base, unet, _ = read_base(args, subject, names)
+    changes = {}
+    for name, (trained, _) in inputs.items():
+        change = subtract(trained, {word: words[word] for word in words if origin[word] == name}, base, unet, subject)
+        changes[name] = {key: value.double() for key, value in change.items()}
+
+    with failing_as(f"--captions {args.captions}", "give a text file in UTF-8, one caption a line"):
+        captions = [line for line in args.captions.read_text("utf-8").splitlines() if line.strip()]
+    tokenizer, text_encoder = load_text_encoder(args, words)
+    encode_all = functools.partial(encode, tokenizer, text_encoder)
+    templates = [opening + ending for opening in OPENINGS for ending in ENDINGS]
+    concepts = [encode_all([text.format(phrase) for text in templates]) for phrase, _ in phrases.values()]
+    classes = [encode_all([text.format(phrase) for text in templates]) for _, phrase in phrases.values() if phrase]
+    rest = encode_all(captions)
+    if args.method == "paper":
+        found = exact_filters(concepts, rest, args.ridge)
+    else:
+        found = filters(concepts, classes, rest, args.weight, args.class_weight, args.ridge)
+    merged = {
+        key: sum(changes[origin[word]][key] @ matrix for word, matrix in zip(words, found, strict=True)) for key in base
+    }
+
+    for word, features in zip(words, concepts, strict=True):
+        trained, matrix = changes[origin[word]], gram(features)
+        lost = size({key: merged[key] - trained[key] for key in merged}, matrix) / (size(trained, matrix) or 1)
+        print(f"{phrases[word][0]}: {100 * (1 - lost):.0f} % of what was trained is kept")
+    own = {key: base[key].double() for key in merged}
+    moved = [100 * size(change, gram(rest)) / size(own, gram(rest)) for change in (*changes.values(), merged)]
+    trained = ", ".join(f"{value:.2g} %" for value in moved[:-1])
+    print(f"Keys and values of {len(captions)} other captions move by {moved[-1]:.2g} % (as trained: {trained})")
+    write_result(args, inputs, base, merged, words, phrases)
+    print(f"Wrote {args.output_dir}; it loads like the result of a training")
+
+
+def main(args):
+    """Merges; what goes wrong in the machine, not in the program, ends with one line."""
+    try:
+        merge(args)
+    except OSError as error:
+        fail(error.filename or args.output_dir, f"{error.strerror or error}; check its name, permissions and disk")
+
+
+if __name__ == "__main__":
+    main(parse_args())
