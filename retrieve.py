@@ -90,8 +90,10 @@ def parse_args(input_args=None):
     add("--source", choices=("auto", *SOURCES), help="auto: dataset if --dataset is given, else the first that answers")
     add("--backend_url", help="knn-service of a clip-retrieval backend")
     add("--indice_name", help="index of the clip-retrieval backend")
-    add("--openverse_url", help="image search of the Openverse API; a token in OPENVERSE_TOKEN raises its limits")
-    add("--dataset", help="captioned folder (metadata.jsonl, .csv or .txt), parquet or webdataset file, hub dataset")
+    add("--openverse_url", help="image search of the Openverse API; a token in OPENVERSE_TOKEN allows larger pages")
+    add(
+        "--dataset", help="captioned folder (metadata.jsonl, .csv, .txt, .tar), parquet or webdataset file, hub dataset"
+    )
     add("--split", help="split of the dataset")
     add("--image_column", help="column of the pictures or of their URLs; by default found by type and name")
     add("--caption_column", help="column of the captions; by default found by name")
@@ -348,7 +350,7 @@ def open_dataset(args):
     """Rows of the dataset as dicts, their pictures undecoded, and its columns of pictures; hidden files are no part."""
     path, name, options = Path(args.dataset), args.dataset, {}
     files = [path] if path.is_file() else sorted(map(Path, glob.glob(f"{glob.escape(name)}/**", recursive=True)))
-    shards, tables = ([file for file in files if file.suffix == ending] for ending in (".tar", ".parquet"))
+    shards = [file for file in files if file.suffix == ".tar"]  # img2dataset leaves tables beside them
     pictures = [file for file in files if file.suffix.lower() in Image.registered_extensions()]
     pairs = [(file, text) for file in pictures if (text := file.with_suffix(".txt")).is_file()]
     if path.is_dir() and any(file.name.startswith("metadata.") for file in files):
@@ -357,8 +359,8 @@ def open_dataset(args):
         return read_shards(shards, args), []
     elif pairs:
         return ({"image": str(file), "text": text.read_text("utf-8", "replace")} for file, text in pairs), []
-    elif tables and (path.is_file() or any(file.name.endswith("_stats.json") for file in files)):  # of img2dataset
-        name, options = "parquet", {"data_files": {args.split: list(map(str, tables))}}
+    elif path.is_file() and path.suffix == ".parquet":
+        name, options = "parquet", {"data_files": {args.split: name}}
     elif path.is_file():
         raise ValueError("give a .parquet or a webdataset .tar file, or a folder")
     import datasets

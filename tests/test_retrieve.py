@@ -499,7 +499,7 @@ def test_shards_of_img2dataset(tmp_path, offline):
 
 
 def test_tables_of_img2dataset(tmp_path, offline):
-    """Its other format: parquet files that have the pictures, and whose urls are not asked for."""
+    """Its other format: parquet files that have the pictures beside their urls."""
     import pyarrow
     import pyarrow.parquet
 
