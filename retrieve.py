@@ -91,9 +91,7 @@ def parse_args(input_args=None):
     add("--backend_url", help="knn-service of a clip-retrieval backend")
     add("--indice_name", help="index of the clip-retrieval backend")
     add("--openverse_url", help="image search of the Openverse API; a token in OPENVERSE_TOKEN allows larger pages")
-    add(
-        "--dataset", help="captioned folder (metadata.jsonl, .csv, .txt, .tar), parquet or webdataset file, hub dataset"
-    )
+    add("--dataset", help="captioned folder (metadata.jsonl, .csv, .txt, .tar), .parquet or .tar file, hub dataset")
     add("--split", help="split of the dataset")
     add("--image_column", help="column of the pictures or of their URLs; by default found by type and name")
     add("--caption_column", help="column of the captions; by default found by name")
