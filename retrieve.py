@@ -52,12 +52,7 @@ PASSING_STATUSES = (408, 425, 429, 500, 502, 503, 504)
 KEPT = ("text", "url", "license", "license_url", "creator", "attribution")  # of what a source says, in metadata.jsonl
 CAPTION_COLUMNS = ("text", "caption", "txt", "TEXT", "prompt", "json")
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "url", "URL")
-PLURALS = {  # endings of English nouns and of their plurals; the first that fits counts
-    r"\b(sheep|\w*fish|deer|people|(?:wo)?men|children|mice|feet)": r"\1", "person": "people", "child": "children",
-    r"\b(|wo|snow|fire|police)man": r"\1men", r"\bmouse": "mice", r"\bgoose": "geese", r"\bfoot": "feet",
-    r"(kni|wi|\bli|wol|\blea|loa|shel|\bcal|scar|\bel)fe?": r"\1ves", r"(potat|tomat|her)o": r"\1oes",
-    r"(ss|us|is|[sc]h|x|z|\blens|canvas)": r"\1es", r"(?<![aeiou])y": "ies", r"([a-rt-zà-ÿ])": r"\1s", "": "",
-}  # fmt: skip
+PLURALS = {"person": "people", "man": "men", "woman": "women", "child": "children", "sheep": "sheep", "fish": "fish"}
 LISTS = {"caption.txt": "text", "urls.txt": "url", "images.txt": "file_name"}  # and the key in metadata.jsonl
 CONNECTIONS = {"http": urllib3.connection.HTTPConnection, "https": urllib3.connection.HTTPSConnection}
 TRACEBACK = os.environ.get("CUSTOM_DIFFUSION_TRACEBACK")  # if set, what is behind a one-line message is shown
@@ -287,10 +282,12 @@ def search_openverse(args):
 
 
 def plural(words):
-    """Plural of an English noun without its article, also in a phrase: "a cup of tea" becomes "cups of tea"."""
-    noun, rest = re.fullmatch(r"(?:(?:an?|the) )?(.*?)((?: (?:of|in|on|with|for) .*)?)", words, re.I).groups()
-    ending = next(ending for ending in PLURALS if re.search(f"{ending}$", noun, re.I))
-    return re.sub(f"{ending}$", PLURALS[ending], noun, count=1, flags=re.I) + rest
+    """Plural of an English noun, also of a phrase that ends with one, without its article."""
+    rest, word = re.fullmatch(r"(?:(?:an?|the) )?(.*?)(\S*)", words, re.I).groups()
+    if word.lower() in PLURALS:
+        return rest + PLURALS[word.lower()]
+    word = re.sub(r"(?<=[^aeiou])y$", "ie", word)
+    return f"{rest}{word}{'es' if re.search('(s|x|z|ch|sh)$', word) else 's'}"
 
 
 def ask(url, flag, args, body=None, headers=None):
