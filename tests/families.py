@@ -1,8 +1,9 @@
 """Stable Diffusion models as people use them: tiny, with random weights, and with the settings that each ships with.
 
 What decides behaviour has the value of the model's own files: the scheduler's file as a whole, heads, projections,
-blocks, the tokenizer's files, model_index.json. Widths and layers are small; the text encoders of Stable Diffusion 2
-keep their 23 layers. Parts of equal settings get equal weights, so two models can be compared bit by bit.
+blocks, the tokenizer's files, model_index.json. Widths, layers, the UNet of Stable Diffusion 1 and the vocabulary are
+small; the text encoder of Stable Diffusion 2 keeps its 23 layers. Parts of equal settings get equal weights, so that
+two models can be compared bit by bit.
 
 "read": a copy of the file was read in a public repository. The others are written down from memory of the hub's files.
 """
@@ -10,9 +11,8 @@ keep their 23 layers. Parts of equal settings get equal weights, so two models c
 import dataclasses
 import importlib.util
 import json
-import shutil
 
-from models import EMBEDDED
+from models import SMALL_VOCABULARY, write_small_vocabulary
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 OLD = BETAS | {"set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1, "trained_betas": None}
@@ -40,11 +40,12 @@ TOKENIZER = {name: value | {"__type": "AddedToken"} for name, value in SPECIAL_T
 }  # read, of 2.1-base
 
 CROSS, PLAIN = ["CrossAttnDownBlock2D"], ["DownBlock2D"]
-UNET = {"down_block_types": CROSS * 3 + PLAIN, "attention_head_dim": 8}  # of Stable Diffusion 1
-BK_SMALL = UNET | {"mid_block_type": None}  # read
+UNET = {"down_block_types": CROSS + PLAIN, "attention_head_dim": 8}  # of Stable Diffusion 1, whose blocks are four
+BK_SMALL = UNET | {"mid_block_type": None}  # read; of four blocks, too
 BK_TINY = BK_SMALL | {"down_block_types": CROSS * 3}  # read
 # read, of 2.1-base; the channels below make it heads of two numbers
-UNET_2 = UNET | {"attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True}
+UNET_2 = {"down_block_types": CROSS * 3 + PLAIN, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True}
+SHORT_2 = UNET_2 | {"down_block_types": CROSS + PLAIN, "attention_head_dim": [5, 10]}  # the outer half
 TEXT_2 = {"hidden_act": "gelu", "num_hidden_layers": 23}  # read, of 2.1-base
 
 
@@ -65,8 +66,8 @@ class Family:
 
     @property
     def loads(self):
-        """Whether diffusers itself can load the model."""
-        return not self.needs or importlib.util.find_spec(self.needs) is not None
+        """Whether diffusers itself can load the model, and its tokenizer can cut prompts."""
+        return not (self.without or self.needs and not importlib.util.find_spec(self.needs))
 
     @property
     def trains_as_1_5(self):
@@ -102,7 +103,7 @@ FAMILIES = {
     ),
     "SD-Turbo": Family(
         leftovers("EulerDiscreteScheduler", timestep_spacing="trailing", use_karras_sigmas=False, **SIGMAS),
-        unet=UNET_2,
+        unet=SHORT_2,
         text=TEXT_2,
         vae={"force_upcast": True, "scaling_factor": 0.18215},
         pad_token="!",
@@ -116,18 +117,20 @@ FAMILIES = {
     ),
     # drawings; its VAE's file is of a time without scaling_factor and with another size; read
     "a VAE of its own": Family(vae={"sample_size": 256}, vae_seed=1),
-    "zero terminal SNR": Family(ZERO_SNR, unet=UNET_2, text=TEXT_2, pad_token="!"),
+    "zero terminal SNR": Family(ZERO_SNR, unet=SHORT_2, text=TEXT_2, pad_token="!"),
     # read, of Waifu Diffusion
     "LMS": Family(
         {key: OLD[key] for key in (*BETAS, "set_alpha_to_one", "trained_betas")}
         | {"_class_name": "LMSDiscreteScheduler", "_diffusers_version": "0.4.1", "timestep_values": None},
         needs="scipy",
     ),
-    "SDE": Family(leftovers("DPMSolverSDEScheduler", use_karras_sigmas=True, noise_sampler_seed=None), needs="torchsde"),
-    "sigmas of a beta distribution": Family(
-        leftovers("EulerDiscreteScheduler", use_beta_sigmas=True, **SIGMAS), needs="scipy"
+    "SDE": Family(
+        leftovers("DPMSolverSDEScheduler", use_karras_sigmas=True, noise_sampler_seed=None), needs="torchsde"
     ),
-    "Euler": Family(leftovers("EulerDiscreteScheduler", use_karras_sigmas=False, **SIGMAS)),  # read
+    "sigmas of a beta distribution": Family(
+        leftovers("EulerDiscreteScheduler", use_beta_sigmas=True, **SIGMAS),
+        needs="scipy",  # read but for beta
+    ),
     "Euler ancestral": Family(leftovers("EulerAncestralDiscreteScheduler", **SIGMAS)),
     "UniPC": Family(
         leftovers(
@@ -156,7 +159,12 @@ def make_family(folder, family):
     from transformers import CLIPTextConfig, CLIPTextModel
 
     text = {"hidden_act": "quick_gelu", "num_hidden_layers": 2} | family.text
-    text |= {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1, "vocab_size": 49408 + len(family.words)}
+    text |= {
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "pad_token_id": 1,
+        "vocab_size": SMALL_VOCABULARY + len(family.words),
+    }
     text |= {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
     down = family.unet["down_block_types"]
     unet = {"sample_size": 8, "layers_per_block": 1, "cross_attention_dim": 32} | family.unet
@@ -199,11 +207,9 @@ def make_family(folder, family):
         "tokenizer/special_tokens_map.json": special,
     }
     if family.words:
-        files["tokenizer/added_tokens.json"] = {word: 49408 + i for i, word in enumerate(family.words)}
-    for part in ("tokenizer", "scheduler"):
-        (folder / part).mkdir()
-    for name in ("vocab.json", "merges.txt"):
-        shutil.copy(EMBEDDED / "tokenizer" / name, folder / "tokenizer")
+        files["tokenizer/added_tokens.json"] = {word: SMALL_VOCABULARY + i for i, word in enumerate(family.words)}
+    write_small_vocabulary(folder / "tokenizer")
+    (folder / "scheduler").mkdir()
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2))
     return folder
