@@ -124,9 +124,7 @@ FAMILIES = {
         | {"_class_name": "LMSDiscreteScheduler", "_diffusers_version": "0.4.1", "timestep_values": None},
         needs="scipy",
     ),
-    "SDE": Family(
-        leftovers("DPMSolverSDEScheduler", use_karras_sigmas=True, noise_sampler_seed=None), needs="torchsde"
-    ),
+    "SDE": Family(leftovers("DPMSolverSDEScheduler", noise_sampler_seed=None), needs="torchsde"),
     "sigmas of a beta distribution": Family(
         leftovers("EulerDiscreteScheduler", use_beta_sigmas=True, **SIGMAS),
         needs="scipy",  # read but for beta

@@ -195,7 +195,7 @@ def test_second_vector_of_another_word(words, flags_of, tmp_path):
 
 
 def test_words_that_contain_each_other(tiny, world, tmp_path):
-    """mycat1 and mycat10, each in a prompt of its own, are both trained; mycat1og in a class caption is none of them."""
+    """mycat1 and mycat10, each in a prompt of its own, are both trained; a class caption's mycat1og is neither."""
     concepts = [
         {
             "instance_prompt": f"photo of a {word}",
@@ -221,5 +221,5 @@ def test_words_that_contain_each_other(tiny, world, tmp_path):
     vocabulary = json.loads((tiny / "tokenizer" / "vocab.json").read_text())
     table, trained = load_file(tiny / TEXT_ENCODER), load_trained(tmp_path / "run")
     (table,) = (value for key, value in table.items() if key.endswith("token_embedding.weight"))
-    for word, start in zip(("mycat1", "mycat10"), starts, strict=True):
-        assert not torch.equal(trained[word], table[vocabulary[start]])
+    for word, piece in zip(("mycat1", "mycat10"), starts, strict=True):
+        assert not torch.equal(trained[word], table[vocabulary[piece]])
