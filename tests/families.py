@@ -125,9 +125,10 @@ FAMILIES = {
         needs="scipy",
     ),
     "SDE": Family(leftovers("DPMSolverSDEScheduler", noise_sampler_seed=None), needs="torchsde"),
-    "sigmas of a beta distribution": Family(
+    "sigmas of a beta distribution, no model_max_length": Family(
         leftovers("EulerDiscreteScheduler", use_beta_sigmas=True, **SIGMAS),
-        needs="scipy",  # read but for beta
+        without=("model_max_length",),
+        needs="scipy",  # the file was read, but without these two
     ),
     "Euler ancestral": Family(leftovers("EulerAncestralDiscreteScheduler", **SIGMAS)),
     "UniPC": Family(
@@ -145,7 +146,6 @@ FAMILIES = {
     ),
     # what DreamBooth trainers leave; read
     "DDPM": Family(PNDM | {"_class_name": "DDPMScheduler", "clip_sample_range": 1.0, "variance_type": "fixed_small"}),
-    "no model_max_length": Family(without=("model_max_length",)),
     "two vectors of another word": Family(words=("<old>", "<old>_1")),
 }
 

@@ -110,13 +110,13 @@ def small_vocabulary(tmp_path_factory):
     )
     unet = UNet2DConditionModel(
         sample_size=32,
-        layers_per_block=2,
+        layers_per_block=1,
         block_out_channels=[32, 64],
         down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
         up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
         cross_attention_dim=32,
     )
-    text = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 5, "num_attention_heads": 4}
+    text = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4}
     tokenizer = write_small_vocabulary(folder / "tokenizer")
     StableDiffusionPipeline(
         vae=vae,

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from families import FAMILIES, make_family
 from launching import finish, start
 from models import SMALL_VOCABULARY
-from observers import record_losses
+from observers import record_losses, record_losses_and_draw_fast
 from PIL import Image
 from reading import WEIGHTS, load_trained, same_bits
 from safetensors.torch import load_file, save_file
@@ -94,7 +94,7 @@ def family_run(one_concept, tmp_path_factory):
             "validation_prompt": "a <new1> cat",
             "num_validation_images": 1,
         }
-        log_of(folder / "run", observer=record_losses, **values)
+        log_of(folder / "run", observer=record_losses_and_draw_fast, **values)
         return model, folder / "run", torch.load(folder / "run.losses", weights_only=True)
 
     return run
