@@ -47,6 +47,7 @@ BK_TINY = BK_SMALL | {"down_block_types": CROSS * 3}  # read
 UNET_2 = {"down_block_types": CROSS * 3 + PLAIN, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True}
 SHORT_2 = UNET_2 | {"down_block_types": CROSS + PLAIN, "attention_head_dim": [5, 10]}  # the outer half
 TEXT_2 = {"hidden_act": "gelu", "num_hidden_layers": 23}  # read, of 2.1-base
+SHORT_TEXT_2 = TEXT_2 | {"num_hidden_layers": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +105,7 @@ FAMILIES = {
     "SD-Turbo": Family(
         leftovers("EulerDiscreteScheduler", timestep_spacing="trailing", use_karras_sigmas=False, **SIGMAS),
         unet=SHORT_2,
-        text=TEXT_2,
+        text=SHORT_TEXT_2,
         vae={"force_upcast": True, "scaling_factor": 0.18215},
         pad_token="!",
     ),
@@ -117,7 +118,7 @@ FAMILIES = {
     ),
     # drawings; its VAE's file is of a time without scaling_factor and with another size; read
     "a VAE of its own": Family(vae={"sample_size": 256}, vae_seed=1),
-    "zero terminal SNR": Family(ZERO_SNR, unet=SHORT_2, text=TEXT_2, pad_token="!"),
+    "zero terminal SNR": Family(ZERO_SNR, unet=SHORT_2, text=SHORT_TEXT_2, pad_token="!"),
     # read, of Waifu Diffusion
     "LMS": Family(
         {key: OLD[key] for key in (*BETAS, "set_alpha_to_one", "trained_betas")}
