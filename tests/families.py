@@ -1,9 +1,9 @@
 """Stable Diffusion models as people use them: tiny, with random weights, and with the settings that each ships with.
 
 What decides behaviour has the value of the model's own files: the scheduler's file as a whole, heads, projections,
-blocks, the tokenizer's files, model_index.json. Widths, layers, the UNet of Stable Diffusion 1 and the vocabulary are
-small; the text encoder of Stable Diffusion 2 keeps its 23 layers. Parts of equal settings get equal weights, so that
-two models can be compared bit by bit.
+blocks, the tokenizer's files, model_index.json. Widths, layers and the vocabulary are small, and UNets have two blocks;
+Stable Diffusion 2.1 keeps its four and its text encoder's 23 layers, BK-SDM tiny its three. Parts of equal settings get
+equal weights, so that two models can be compared bit by bit.
 
 "read": a copy of the file was read in a public repository. The others are written down from memory of the hub's files.
 """
@@ -40,7 +40,7 @@ TOKENIZER = {name: value | {"__type": "AddedToken"} for name, value in SPECIAL_T
 }  # read, of 2.1-base
 
 CROSS, PLAIN = ["CrossAttnDownBlock2D"], ["DownBlock2D"]
-UNET = {"down_block_types": CROSS + PLAIN, "attention_head_dim": 8}  # of Stable Diffusion 1, whose blocks are four
+UNET = {"down_block_types": CROSS + PLAIN, "attention_head_dim": 8}  # of Stable Diffusion 1
 BK_SMALL = UNET | {"mid_block_type": None}  # read; of four blocks, too
 BK_TINY = BK_SMALL | {"down_block_types": CROSS * 3}  # read
 # read, of 2.1-base; the channels below make it heads of two numbers
