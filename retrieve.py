@@ -10,6 +10,7 @@ From Python: `from retrieve import retrieve; retrieve("cat", "real_reg/samples_c
 import argparse
 import base64
 import contextlib
+import glob
 import hashlib
 import io
 import ipaddress
@@ -22,6 +23,7 @@ import shutil
 import socket
 import ssl
 import sys
+import tarfile
 import threading
 import time
 import traceback
@@ -34,14 +36,14 @@ from pathlib import Path
 try:
     import certifi
     import urllib3
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageCms, ImageOps
     from tqdm.auto import tqdm
 except ImportError as error:
     if __name__ != "__main__":
         raise
     sys.exit(f"error: {error}; pip install -r requirements.txt")
 
-HEADERS = {"User-Agent": "retrieve.py (regularization pictures for Custom Diffusion)"}
+HEADERS = {"User-Agent": "CustomDiffusion-retrieve/1.0 (+https://arxiv.org/abs/2212.04488)"}  # Wikimedia asks for a URL
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # only these: some of Pillow's decoders start other programs
 MAX_PIXELS, MAX_REDIRECTS = 50_000_000, 5
 MAX_CANDIDATES = 20  # per picture wanted, so that a search without end ends
@@ -49,8 +51,8 @@ MAX_ANSWER_BYTES, MAX_SEARCH_SECONDS = 200_000_000, 120  # of a search service; 
 PASSING_STATUSES = (408, 425, 429, 500, 502, 503, 504)
 KEPT = ("text", "url", "license", "license_url", "creator", "attribution")  # of what a source says, in metadata.jsonl
 CAPTION_COLUMNS = ("text", "caption", "txt", "TEXT", "prompt", "json")
-DATASET_FILES = {".parquet": "parquet", ".tar": "webdataset"}
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "url", "URL")
+PLURALS = {"person": "people", "man": "men", "woman": "women", "child": "children", "sheep": "sheep", "fish": "fish"}
 LISTS = {"caption.txt": "text", "urls.txt": "url", "images.txt": "file_name"}  # and the key in metadata.jsonl
 CONNECTIONS = {"http": urllib3.connection.HTTPConnection, "https": urllib3.connection.HTTPSConnection}
 TRACEBACK = os.environ.get("CUSTOM_DIFFUSION_TRACEBACK")  # if set, what is behind a one-line message is shown
@@ -83,8 +85,8 @@ def parse_args(input_args=None):
     add("--source", choices=("auto", *SOURCES), help="auto: dataset if --dataset is given, else the first that answers")
     add("--backend_url", help="knn-service of a clip-retrieval backend")
     add("--indice_name", help="index of the clip-retrieval backend")
-    add("--openverse_url", help="image search of the Openverse API; a token in OPENVERSE_TOKEN raises its limits")
-    add("--dataset", help="captioned folder (metadata.jsonl, .csv or .txt), parquet or webdataset file, hub dataset")
+    add("--openverse_url", help="image search of the Openverse API; a token in OPENVERSE_TOKEN allows larger pages")
+    add("--dataset", help="captioned folder (metadata.jsonl, .csv, .txt, .tar), .parquet or .tar file, hub dataset")
     add("--split", help="split of the dataset")
     add("--image_column", help="column of the pictures or of their URLs; by default found by type and name")
     add("--caption_column", help="column of the captions; by default found by name")
@@ -127,12 +129,12 @@ def retrieve(
 ):  # fmt: skip
     """Fills class_data_dir up to num_class_images pictures; returns how many it then has.
 
-    The keyword arguments are the flags. Raises ValueError for wrong ones, and `RetrieveError`. After an interruption
-    the same call goes on with the pictures that were already downloaded.
+    The keyword arguments are the flags. Raises ValueError and `RetrieveError`. Called again, it goes on where it was.
     """
     args = argparse.Namespace(**locals())
     check_arguments(args)
-    folder = Path(class_data_dir).resolve()
+    args.dataset = dataset and os.path.expanduser(dataset)  # bash leaves the ~ of --flag=~/folder alone
+    folder = Path(os.path.expanduser(class_data_dir)).resolve()
     unfinished = folder / ".unfinished"  # here is what a run, or one that was killed, has not yet put in its place
     new, failures = [], Counter()
     try:
@@ -152,13 +154,12 @@ def retrieve(
 
 def collect(pictures, unfinished, args):
     """Obtains the missing pictures; returns (file, record) pairs and a Counter of why candidates gave none."""
-    missing, digests = args.num_class_images - len(pictures), set()
+    missing, digests, new, failures = args.num_class_images - len(pictures), set(), [], Counter()
     for file, record in pictures:
         with contextlib.suppress(Failure):
             digests.add(record.get("pixel_sha256") or convert(file.read_bytes(), args)[1])
     candidates = find_candidates({record["url"] for _, record in pictures}, args)
     candidates = itertools.chain(list(itertools.islice(candidates, 1)), candidates)  # an error comes before the bar
-    new, failures = [], Counter()
     pool = ThreadPoolExecutor(args.num_workers)
     bar = tqdm(total=args.num_class_images, initial=len(pictures), unit="picture", leave=False)
     try:
@@ -219,8 +220,8 @@ def find_candidates(known, args):
 
     The record is a line of metadata.jsonl. The picture is a file's content or path, or None: then the url is fetched.
     """
-    automatic = ["dataset"] if args.dataset else ["clip-retrieval", "openverse"]
-    sources = automatic if args.source == "auto" else [args.source]
+    sources = ["clip-retrieval", "openverse"] if args.source == "auto" else [args.source]
+    sources = ["dataset"] if args.dataset else sources
     limit = None if args.dataset else MAX_CANDIDATES * args.num_class_images
     for source in sources:
         found = False
@@ -264,20 +265,29 @@ def search_clip_retrieval(args):
 
 
 def search_openverse(args):
-    """Results of an Openverse search as (key, entry, picture), page by page."""
+    """Results of an Openverse search as (key, entry, picture), then of similar ones: each gives 240 works at most."""
     token = os.environ.get("OPENVERSE_TOKEN")
     headers = {"Authorization": f"Bearer {token}"} if token else {}
-    for page in itertools.count(1):
-        query = urllib.parse.urlencode({"q": args.class_prompt, "page": page, "page_size": 100 if token else 20})
-        entries, pages = ask(f"{args.openverse_url}?{query}", "--openverse_url", args, headers=headers)
-        for entry in entries:
-            if not entry.get("mature"):
-                license = f"{one_line(entry.get('license'))} {one_line(entry.get('license_version'))}"
-                yield one_line(entry.get("url")), entry | {"text": entry.get("title"), "license": license}, None
-        if page >= pages:
-            return
-        if not token:
-            time.sleep(1)  # the rate that is allowed without a token
+    for words in dict.fromkeys([args.class_prompt, plural(one_line(args.class_prompt)), f"{args.class_prompt} photo"]):
+        for page in itertools.count(1):
+            query = urllib.parse.urlencode({"q": words, "page": page, "page_size": 100 if token else 20})
+            entries, pages = ask(f"{args.openverse_url}?{query}", "--openverse_url", args, headers=headers)
+            for entry in entries:
+                if not entry.get("mature"):
+                    license = f"{one_line(entry.get('license'))} {one_line(entry.get('license_version'))}"
+                    yield one_line(entry.get("url")), entry | {"text": entry.get("title"), "license": license}, None
+            time.sleep(0 if token else 1)  # the rate that is allowed without a token
+            if page >= pages:
+                break
+
+
+def plural(words):
+    """Plural of an English noun, also of a phrase that ends with one, without its article."""
+    rest, word = re.fullmatch(r"(?:(?:an?|the) )?(.*?)(\S*)", words, re.I).groups()
+    if word.lower() in PLURALS:
+        return rest + PLURALS[word.lower()]
+    word = re.sub(r"(?<=[^aeiou])y$", "ie", word)
+    return f"{rest}{word}{'es' if re.search('(s|x|z|ch|sh)$', word) else 's'}"
 
 
 def ask(url, flag, args, body=None, headers=None):
@@ -305,9 +315,9 @@ def one_line(text):
 
 def read_dataset(args):
     """Rows of a dataset whose caption mentions the class as (key, entry, picture)."""
-    words = r"\s+".join(re.escape(word) for word in one_line(args.class_prompt).casefold().split())
-    plural = rf"{words.removesuffix('y')}ies" if words.endswith("y") else rf"{words}(?:e?s)?"
-    mention = re.compile(rf"(?<!\w)(?:{words}|{plural})(?!\w)")
+    words = one_line(args.class_prompt).casefold()
+    forms = "|".join(map(re.escape, (words, f"{words}s", f"{words}es", plural(words)))).replace(r"\ ", r"\s+")
+    mention = re.compile(rf"(?<!\w)(?:{forms})(?!\w)")
     try:
         rows, typed = open_dataset(args)
         images = [args.image_column] if args.image_column else [*typed, *IMAGE_COLUMNS]
@@ -317,6 +327,7 @@ def read_dataset(args):
                 raise ValueError(f"its columns are {', '.join(row)}; choose with --image_column and --caption_column")
             picture, text = (next(filter(None, map(row.get, names)), None) for names in (images, captions))
             picture = picture.get("bytes") or picture.get("path") if isinstance(picture, dict) else picture
+            text = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
             text = one_line(text.get("caption") if isinstance(text, dict) else text)
             if not mention.search(text.casefold()) or not isinstance(picture, (bytes, str)):
                 continue
@@ -331,19 +342,22 @@ def read_dataset(args):
 
 
 def open_dataset(args):
-    """Rows of the dataset as dicts, their pictures undecoded, and the columns that are of the type of pictures."""
+    """Rows of the dataset as dicts, their pictures undecoded, and its columns of pictures; hidden files are no part."""
     path, name, options = Path(args.dataset), args.dataset, {}
-    if path.is_dir() and any(path.rglob("metadata.*")):
+    files = [path] if path.is_file() else sorted(map(Path, glob.glob(f"{glob.escape(name)}/**", recursive=True)))
+    shards = [file for file in files if file.suffix == ".tar"]  # img2dataset leaves tables beside them
+    pictures = [file for file in files if file.suffix.lower() in Image.registered_extensions()]
+    pairs = [(file, text) for file in pictures if (text := file.with_suffix(".txt")).is_file()]
+    if path.is_dir() and any(file.name.startswith("metadata.") for file in files):
         name, options = "imagefolder", {"data_dir": name}
-    elif path.is_dir():
-        files = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in Image.registered_extensions()]
-        pairs = [(file, text) for file in files if (text := file.with_suffix(".txt")).is_file()]
-        if pairs:
-            return ({"image": str(file), "text": text.read_text("utf-8", "replace")} for file, text in pairs), []
-    elif path.is_file() and path.suffix not in DATASET_FILES:
-        raise ValueError("give a .parquet or a webdataset .tar file, or a folder")
+    elif shards:
+        return read_shards(shards, args), []
+    elif pairs:
+        return ({"image": str(file), "text": text.read_text("utf-8", "replace")} for file, text in pairs), []
+    elif path.is_file() and path.suffix == ".parquet":
+        name, options = "parquet", {"data_files": {args.split: name}}
     elif path.is_file():
-        name, options = DATASET_FILES[path.suffix], {"data_files": {args.split: name}}
+        raise ValueError("give a .parquet or a webdataset .tar file, or a folder")
     import datasets
 
     datasets.disable_progress_bars()
@@ -352,6 +366,19 @@ def open_dataset(args):
     for name in typed:
         rows = rows.cast_column(name, datasets.Image(decode=False))
     return rows, typed
+
+
+def read_shards(shards, args):
+    """Rows of webdataset shards: the files of a .tar whose names agree up to their first dot, by their endings."""
+    parts = re.compile(r"((?:.*/)?[^./]+)\..*?(\w+)").fullmatch
+    for shard in shards:
+        with tarfile.open(shard) as tar:
+            members = (member for member in tar if member.isfile() and parts(member.name))
+            for _, row in itertools.groupby(members, lambda member: parts(member.name)[1]):
+                row = {parts(m.name)[2].lower(): tar.extractfile(m).read(args.max_bytes + 1) for m in row}
+                with contextlib.suppress(ValueError, KeyError):
+                    row["json"] = json.loads(row["json"])
+                yield row
 
 
 SOURCES = {"clip-retrieval": search_clip_retrieval, "openverse": search_openverse, "dataset": read_dataset}
@@ -475,12 +502,17 @@ def convert(content, args):
 
 
 def to_rgb(image):
-    """Upright RGB picture: transparency on white, 16 bits scaled to 8."""
-    image = ImageOps.exif_transpose(image)
+    """Upright sRGB picture, 8 bits (16 are scaled): its colour profile applied, transparency on white."""
+    image, profile = ImageOps.exif_transpose(image), image.info.get("icc_profile", b"")
     if image.mode[0] == "I":
         image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    if image.has_transparency_data or image.mode == "P":
+        image = image.convert("RGBA")
+    srgb, mode = ImageCms.createProfile("sRGB"), "RGBA" if image.mode == "RGBA" else "RGB"
+    with contextlib.suppress(ImageCms.PyCMSError, OSError):  # a broken profile is as good as none
+        image = ImageCms.profileToProfile(image, io.BytesIO(profile), srgb, outputMode=mode)
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 

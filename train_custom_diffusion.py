@@ -1192,7 +1192,8 @@ def prove_reload(args, pipeline):
         tolerance = 1e-3 * value.abs().max() if name in ("hidden_states", "prediction") else 0
         if name not in reloaded or not torch.allclose(reloaded[name], value, rtol=0, atol=tolerance):
             fail(args.output_dir, f"its files are kept, but diffusers {diffusers.__version__} loads another {name}")
-    add_attention_processors(fresh.unet, args.freeze_model)  # diffusers' own want gigabytes, as they are not fused
+    fresh.unet.set_attn_processor(attention_processor.AttnProcessor2_0())  # what the loader installs is not fused
+    add_attention_processors(fresh.unet, args.freeze_model)
     fresh.unet.to(device).load_state_dict(reloaded, strict=False)
     return fresh.to(dtype)
 

@@ -1,9 +1,24 @@
 """Tiny Stable Diffusion models with random weights, and the small trained one of the repository."""
 
+import json
+
 import pytest
 from launching import ROOT
 
 EMBEDDED = ROOT / "assets" / "model"
+SMALL_VOCABULARY = 1000
+
+
+def write_small_vocabulary(folder):
+    """Writes vocab.json and merges.txt with CLIP's first 998 pieces and its two special tokens."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ids = json.loads((EMBEDDED / "tokenizer" / "vocab.json").read_text())
+    pieces = sorted(ids, key=ids.get)[: SMALL_VOCABULARY - 2] + ["<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}))
+    merges = (EMBEDDED / "tokenizer" / "merges.txt").read_text().splitlines(keepends=True)
+    # below the first line, which says the version; the pieces before the merged ones are single bytes
+    (folder / "merges.txt").write_text("".join(merges[: 1 + SMALL_VOCABULARY - 2 - 512]))
+    return folder
 
 
 def make_model(folder, text, unet, scheduler):
@@ -76,3 +91,41 @@ def sd2(tmp_path_factory):
     }
     scheduler = DDIMScheduler(prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False, **BETAS)
     return make_model(tmp_path_factory.mktemp("models") / "sd2", {"hidden_act": "gelu"}, unet, scheduler)
+
+
+@pytest.fixture(scope="session")
+def small_vocabulary(tmp_path_factory):
+    """As small as the model of diffusers' own test of its script: 1,000 pieces, a VAE of factor 2."""
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    folder = tmp_path_factory.mktemp("models") / "small_vocabulary"
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        block_out_channels=[32, 64],
+        latent_channels=4,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=32,
+        layers_per_block=1,
+        block_out_channels=[32, 64],
+        down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
+        up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
+        cross_attention_dim=32,
+    )
+    text = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4}
+    tokenizer = write_small_vocabulary(folder / "tokenizer")
+    StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(CLIPTextConfig(vocab_size=SMALL_VOCABULARY, **text)),
+        tokenizer=CLIPTokenizer.from_pretrained(tokenizer, model_max_length=77),
+        unet=unet,
+        scheduler=DDIMScheduler(clip_sample=False, set_alpha_to_one=False, **BETAS),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder

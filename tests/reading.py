@@ -27,7 +27,7 @@ def load_trained(folder):
 
 def same_bits(left, right):
     """Whether two dicts of tensors hold the same names and exactly the same numbers."""
-    return left.keys() == right.keys() and all(bool((left[key] == right[key]).all()) for key in left)
+    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
 
 
 def base_weights(model, trained):

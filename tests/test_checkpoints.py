@@ -550,6 +550,7 @@ def test_second_run_in_a_folder_is_told(six_steps, tmp_path):
     folder = tmp_path / "run"
     (child,) = start(folder, observer=hang_in_a_step, **six_steps)
     wait_until(lambda: "0/6" in (tmp_path / "run.log").read_text())
+    (tmp_path / "run.log0").touch()
     (second,) = start(folder, env={"RANK": "0"}, **six_steps)
     second.join(300)
     line = (tmp_path / "run.log0").read_text().splitlines()[-1]

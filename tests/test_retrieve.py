@@ -3,21 +3,24 @@
 import base64
 import csv
 import io
+import itertools
 import json
 import os
 import shlex
+import shutil
 import sys
 import tarfile
 import time
+from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import pytest
 from launching import ROOT, flags, python, run, train
-from pictures import make_picture
+from pictures import display_p3, make_picture
 from PIL import Image
 from web import SCRIPT, command, picture_bytes, read_set
 
-from retrieve import RetrieveError, one_line, parse_args, retrieve, to_rgb
+from retrieve import RetrieveError, one_line, parse_args, plural, retrieve, to_rgb
 
 CATS = ROOT / "assets" / "regularization" / "cat"
 
@@ -218,15 +221,53 @@ def test_openverse(web, local, tmp_path, monkeypatch):
 
 
 def test_openverse_without_a_token(web, local, tmp_path):
-    """20 a page, about one page a second; the search ends with its last page."""
+    """20 a page, about one page a second; each search ends with its last page."""
     queries = web.add_openverse([openverse_entry(url, i) for i, url in enumerate(web.add_pictures(25))])
     start = time.monotonic()
     assert retrieve("cat", tmp_path / "cat", 30, source="openverse", **local) == 25
-    assert time.monotonic() - start >= 1
-    assert [(query["page"], query["page_size"], query["token"]) for query in queries] == [
-        ("1", "20", None),
-        ("2", "20", None),
-    ]
+    assert time.monotonic() - start >= 5
+    asked = [(query["q"], query["page"], query["page_size"], query["token"]) for query in queries]
+    assert asked == [(words, page, "20", None) for words in ("cat", "cats", "cat photo") for page in ("1", "2")]
+
+
+def add_limited_openverse(web, works, limit=240):
+    """Openverse with these lists of urls by query, of which it shows no more than the limit; returns the queries."""
+    asked = []
+
+    def answer(handler):
+        query = {name: values[0] for name, values in parse_qs(urlsplit(handler.path).query).items()}
+        page, size = int(query["page"]), int(query["page_size"])
+        asked.append((query["q"], page))
+        urls = works.get(query["q"], [])[:limit]
+        results = [openverse_entry(url) for url in urls[(page - 1) * size : page * size]]
+        handler.answer(json.dumps({"page_count": -(-len(urls) // size), "results": results}).encode())
+
+    web.routes["/v1/images/"] = answer
+    return asked
+
+
+def test_more_than_a_query_of_openverse_gives(web, local, tmp_path):
+    """240 works for "cat", a quarter of them dead: the plural has the others, and only then."""
+    urls = web.add_pictures(300)
+    for number in range(0, 240, 4):
+        del web.routes[f"/{number}.jpg"]
+    asked = add_limited_openverse(web, {"cat": urls, "cats": urls[200:]})
+    process = command(tmp_path / "cat", *flags(source="openverse", num_class_images=200, **local))
+    assert process.returncode == 0, process.stderr
+    alive = [url for number, url in enumerate(urls) if number >= 240 or number % 4]
+    assert [row[2] for row in read_set(tmp_path / "cat")] == alive[:200]
+    assert asked == [*(("cat", page) for page in range(1, 13)), *(("cats", page) for page in range(1, 4))]
+    assert max(web.asked[f"/{number}.jpg"] for number in range(300)) == 1
+
+
+@pytest.mark.parametrize("name, other", [("sheep", "sheep photo"), ("a toy", "toys")])
+def test_other_queries_of_openverse(name, other, web, local, tmp_path):
+    """The plural without an article; where it is the same word, another query all the same."""
+    urls = web.add_pictures(3)
+    asked = add_limited_openverse(web, {name: urls, other: urls[1:]}, limit=2)
+    assert retrieve(name, tmp_path / "cat", 3, source="openverse", **local) == 3
+    assert [words for words, _ in asked] == [name, other]
+    assert [row[2] for row in read_set(tmp_path / "cat")] == urls
 
 
 def test_rate_limit_is_obeyed(web, local, tmp_path):
@@ -387,6 +428,8 @@ def test_plurals(tmp_path):
         "puppy": ["Puppies!", "puppyish"],
         "tabby cat": ["my Tabby  cats", "tabby, cat"],
         "t-shirt": ["T-shirts", "tshirt"],
+        "toy": ["two toys", "toies"],
+        "woman": ["two women", "womanly"],
     }
     for name, (good, bad) in captions.items():
         folder = tmp_path / "data" / name
@@ -396,6 +439,103 @@ def test_plurals(tmp_path):
             (folder / f"{number}.txt").write_text(caption)
         assert retrieve(name, tmp_path / name, 2, dataset=str(folder)) == 1
         assert read_set(tmp_path / name)[0][1] == one_line(good)
+
+
+def test_plural():
+    """Endings that change, classes that are often trained, and the noun in a phrase."""
+    plurals = {
+        "cat": "cats", "toy": "toys", "puppy": "puppies", "bus": "buses", "dress": "dresses", "fox": "foxes",
+        "bench": "benches", "person": "people", "woman": "women", "old man": "old men", "an owl": "owls",
+        "human": "humans", "Teddy Bear": "Teddy Bears",
+    }  # fmt: skip
+    assert {word: plural(word) for word in plurals} == plurals
+
+
+def add_to_tar(tar, files):
+    for name, content in files.items():
+        info = tarfile.TarInfo(name)
+        info.size = len(content)
+        tar.addfile(info, io.BytesIO(content))
+
+
+def test_shards_of_img2dataset(tmp_path, offline):
+    """A folder of shards: their pictures in their order, with the caption of the .txt or the .json.
+
+    Of what lies beside them nothing is read. Pictures of different formats, and files of macOS, are no obstacle.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    folder = tmp_path / "data"
+    (folder / ".hidden").mkdir(parents=True)
+    captions = ["a cat", "a dog", "two cats", None, "Cat!", "the cat's toy"]
+    for shard in (1, 0):
+        with tarfile.open(folder / f"0000{shard}.tar", "w") as tar:
+            for number in range(3 * shard, 3 * shard + 3):
+                caption, kind = captions[number], "png" if number == 2 else "jpg"
+                about = {"caption": caption, "url": f"https://example.com/{number}", "exif": "{}"}
+                name = f"{shard}/0000{number}.x" if number == 5 else f"0000{number}"
+                files = {f"._{name}.jpg": b"\0\5\x16\7"} if number == 0 else {}
+                files[f"{name}.{kind}"] = picture_bytes(number, "PNG" if kind == "png" else "JPEG")
+                files[f"{name}.json"] = json.dumps(about).encode()
+                if caption and number != 4:
+                    files[f"{name}.txt"] = caption.encode()
+                add_to_tar(tar, files)
+        (folder / f"0000{shard}_stats.json").write_text('{"count": 3, "successes": 3}')
+        table = {"url": ["https://example.com/cat.jpg"], "caption": ["a cat"], "key": ["0"]}
+        pyarrow.parquet.write_table(pyarrow.table(table), folder / f"0000{shard}.parquet")
+    (folder / "._00000.tar").write_bytes(b"\0\5\x16\7")
+    (folder / ".hidden" / "00002.tar").write_bytes(b"no shard")
+    assert retrieve("cat", tmp_path / "cat", 4, dataset=str(folder)) == 4
+    found = read_set(tmp_path / "cat")
+    assert [row[1:3] for row in found] == [(captions[n], f"{folder}#{n}") for n in (0, 2, 4, 5)]
+    for (file, *_), number in zip(found, (0, 2, 4, 5), strict=True):
+        assert np.abs(np.asarray(Image.open(file), int) - np.asarray(make_picture(number), int)).mean() < 6
+
+
+def test_tables_of_img2dataset(tmp_path, offline):
+    """Its other format: parquet files that have the pictures beside their urls."""
+    import pyarrow
+    import pyarrow.parquet
+
+    (tmp_path / "data").mkdir()
+    for shard in range(2):
+        rows = [("https://example.com/", f"cat {shard}", picture_bytes(shard)), ("https://example.com/", "dog", None)]
+        table = pyarrow.table(dict(zip(("url", "caption", "jpg"), map(list, zip(*rows, strict=True)), strict=True)))
+        pyarrow.parquet.write_table(table, tmp_path / "data" / f"0000{shard}.parquet")
+        (tmp_path / "data" / f"0000{shard}_stats.json").write_text('{"count": 2}')
+    assert retrieve("cat", tmp_path / "cat", 2, dataset=str(tmp_path / "data")) == 2
+    assert [row[1] for row in read_set(tmp_path / "cat")] == ["cat 0", "cat 1"]
+
+
+@pytest.mark.parametrize("form", ["txt", "jsonl", "csv"])
+def test_hidden_files_in_a_dataset(form, tmp_path, offline, capsys):
+    """What macOS and others leave in a folder is no picture, no caption and no failed candidate."""
+    folder = save_dataset(form, tmp_path / "data")
+    (folder / ".thumbnails").mkdir()
+    for place in (folder, folder / ".thumbnails"):
+        (place / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+        for name in ("._0.jpg", "._metadata.jsonl", "._metadata.csv"):
+            (place / name).write_bytes(b"\0\5\x16\7")
+        (place / "._0.txt").write_text("a cat")
+    for ending, content in (("jpg", picture_bytes(9)), ("txt", b"a cat")):
+        (folder / ".thumbnails" / f"9.{ending}").write_bytes(content)
+    assert retrieve("cat", tmp_path / "cat", 9, dataset=str(folder)) == 3
+    assert "Skipped" not in capsys.readouterr().out and len(read_set(tmp_path / "cat")) == 3
+
+
+def test_home(tmp_path):
+    """Bash leaves the ~ of --flag=~/folder alone: the home folder is meant. From Python, too."""
+    save_dataset("txt", tmp_path / "data")
+    words = [sys.executable, SCRIPT, "--class_prompt=cat", "--class_data_dir=~/cat", "--dataset=~/data"]
+    env = os.environ | {"HOME": str(tmp_path)}
+    (tmp_path / "elsewhere").mkdir()
+    process = run(*words, "--num_class_images=3", env=env, cwd=tmp_path / "elsewhere")
+    assert process.returncode == 0, process.stderr
+    assert len(read_set(tmp_path / "cat")) == 3 and not any((tmp_path / "elsewhere").iterdir())
+    code = "from retrieve import retrieve; retrieve('cat', '~/other', 3, dataset='~/data')"
+    python(code, env=env | {"PYTHONPATH": str(ROOT)}, cwd=tmp_path / "elsewhere")
+    assert len(read_set(tmp_path / "other")) == 3 and not any((tmp_path / "elsewhere").iterdir())
 
 
 def test_unusable_datasets(tmp_path, monkeypatch):
@@ -461,6 +601,35 @@ def test_conversion(web, local, tmp_path):
             assert np.abs(np.asarray(to_rgb(original), int) - np.asarray(expected, int)).max() <= 1, name
         content = file.read_bytes()
         assert not image.getexif() and b"secret" not in content and b"Maker" not in content
+
+
+def test_colour_profiles(web, local, tmp_path):
+    """Display P3, which phones write, becomes sRGB, also in a JPEG that is plain otherwise; no profile is kept."""
+    image, sizes = Image.new("RGB", (80, 80), (230, 60, 50)), itertools.count(80)
+    saved, p3 = {}, display_p3()
+    wide, plain = (250, 31, 34), (230, 60, 50)
+    for name, mode, profile, expected in (
+        ("p3.jpg", "RGB", p3, wide), ("p3.png", "RGB", p3, wide), ("p3.tif", "RGB", p3, wide),
+        ("p3.webp", "RGB", p3, wide), ("palette.png", "P", p3, wide), ("alpha.png", "RGBA", p3, wide),
+        ("none.jpg", "RGB", None, plain), ("broken.png", "RGB", b"no profile", plain),
+        ("cut.jpg", "RGB", p3[:200], plain), ("grey.png", "L", p3, (110, 110, 110)),
+    ):  # fmt: skip
+        buffer, options = (
+            io.BytesIO(),
+            {"quality": 100, "subsampling": 0} if name.endswith("jpg") else {"lossless": True},
+        )
+        picture = Image.new("L", (80, 80), 110) if mode == "L" else image.convert(mode, palette=Image.Palette.ADAPTIVE)
+        picture = picture.resize((next(sizes), 80))  # otherwise some would be duplicates
+        picture.save(buffer, Image.registered_extensions()[f".{name.split('.')[1]}"], icc_profile=profile, **options)
+        kind = {"Content-Type": f"image/{name.split('.')[1]}"}
+        web.routes[f"/{name}"], saved[name] = (200, kind, buffer.getvalue()), expected
+    web.add_backend([web.url(f"/{name}") for name in saved])
+    process = command(tmp_path / "cat", *flags(source="clip-retrieval", num_class_images=len(saved), **local))
+    assert process.returncode == 0, process.stderr
+    for (file, *_), (name, expected) in zip(read_set(tmp_path / "cat"), saved.items(), strict=True):
+        with Image.open(file) as result:
+            assert "icc_profile" not in result.info
+            assert np.abs(np.asarray(result, int) - expected).max() <= 3, name
 
 
 # The command line
@@ -547,6 +716,27 @@ def test_growing_among_other_files(tmp_path, monkeypatch):
         assert (folder / name).read_bytes().startswith(content)
     numbers = [number for number in range(31) if number != 21]
     assert (folder / "images.txt").read_text().splitlines() == [f"images/{number}.jpg" for number in numbers]
+
+
+def test_hidden_files_in_class_data_dir(tmp_path):
+    """.DS_Store and the ._ files of macOS, there from the start or added later, change nothing."""
+    folder = tmp_path / "cat"
+    (folder / "images").mkdir(parents=True)
+    hidden = [
+        place / name for place in (folder, folder / "images") for name in (".DS_Store", "._0.jpg", "._images.txt")
+    ]
+    for file in hidden[:3]:
+        file.write_bytes(b"\0\5\x16\7")
+    for count in (2, 4):
+        process = command(folder, "--dataset", CATS, f"--num_class_images={count}")
+        assert process.returncode == 0, process.stderr
+        for file in hidden:
+            file.write_bytes(b"\0\5\x16\7")
+        if count == 2:
+            shutil.copytree(folder / "images", folder / ".unfinished")  # the Finder looks there, too
+    for file in hidden:
+        file.unlink()
+    assert len(read_set(folder)) == 4
 
 
 def test_folder_of_the_guides_own_script(web, local, tmp_path, monkeypatch):

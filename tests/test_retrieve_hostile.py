@@ -10,6 +10,7 @@ import io
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -28,7 +29,7 @@ from launching import flags, run
 from pictures import make_picture
 from web import SCRIPT, Web, command, picture_bytes, read_set
 
-from retrieve import RetrieveError, is_public, retrieve
+from retrieve import MAX_ANSWER_BYTES, RetrieveError, is_public, retrieve
 
 
 def send(handler, *chunks, pause=0.0):
@@ -133,6 +134,8 @@ HOSTILE = {  # path -> route, and how the summary counts it (None: it gives a pi
     "moved": ((301, {"Location": "/really/moved.jpg"}, b""), None),
     "flaky": (flaky, None),
     "gzip": ((200, GZIP, gzip.compress(picture_bytes(104))), None),
+    "x-gzip": ((200, JPEG | {"Content-Encoding": "x-gzip"}, gzip.compress(picture_bytes(105))), None),
+    "deflate": ((200, JPEG | {"Content-Encoding": "deflate"}, zlib.compress(picture_bytes(106))), None),
     "untyped": ((200, {"Content-Type": "application/octet-stream"}, picture_bytes(101)), None),
     "trailing-noaim": ((200, JPEG | {"X-Robots-Tag": "noaim"}, picture_bytes(102)), None),
 }
@@ -376,6 +379,53 @@ def test_slow_handshake(web, local, tmp_path, capsys):
     retrieve("cat", tmp_path / "cat", 1, source="clip-retrieval", **local | {"timeout": 1.0})
     assert time.monotonic() - start < 5 and "1 timed out" in capsys.readouterr().out
     server.close()
+
+
+def test_servers_that_compress_unasked(web, local, tmp_path):
+    """The answers of both searches and the pictures come with gzip, though the request allows no encoding."""
+    asked = []
+
+    def compressed(content, kind):
+        def answer(handler):
+            asked.append(handler.headers["Accept-Encoding"])
+            handler.answer(gzip.compress(content), 200, {"Content-Type": kind, "Content-Encoding": "gzip"})
+
+        return answer
+
+    for number in range(2):
+        web.routes[f"/{number}.jpg"] = compressed(picture_bytes(number), "image/jpeg")
+    found = [{"url": web.url(f"/{number}.jpg"), "caption": "a cat", "title": "a cat"} for number in range(2)]
+    web.routes["/knn-service"] = compressed(json.dumps(found).encode(), "application/json")
+    openverse = {"page_count": 1, "results": found}
+    web.routes["/v1/images/"] = compressed(json.dumps(openverse).encode(), "application/json")
+    for source in ("clip-retrieval", "openverse"):
+        process = command(tmp_path / source, *flags(source=source, num_class_images=2, **local))
+        assert process.returncode == 0, process.stderr
+        assert [row[1] for row in read_set(tmp_path / source)] == ["a cat"] * 2
+    assert len(asked) == 6 and set(asked) == {"identity"}
+
+
+def test_search_that_is_a_bomb(web, local, tmp_path):
+    """A small answer that unpacks to more than a search may have."""
+    bomb = gzip.compress(b"[" + b" " * (MAX_ANSWER_BYTES + 1) + b"]", 1)
+    web.routes["/knn-service"] = (200, {"Content-Encoding": "gzip"}, bomb)
+    with pytest.raises(RetrieveError, match="too large"):
+        retrieve("cat", tmp_path / "cat", 1, source="clip-retrieval", **local)
+
+
+def test_servers_that_want_an_address(web, local, tmp_path):
+    """Wikimedia's servers refuse a user agent that does not say where to ask about it."""
+    picture = picture_bytes(0)
+
+    def answer(handler):
+        agent = handler.headers["User-Agent"]
+        known = re.search(r"https?://\w+\.\w+|\w@\w+\.\w+", agent)
+        handler.answer(picture if known else b"", 200 if known else 403)
+
+    web.routes["/0.jpg"] = answer
+    backend_answers(web, [web.url("/0.jpg")])
+    process = command(tmp_path / "cat", *flags(source="clip-retrieval", num_class_images=1, **local))
+    assert process.returncode == 0, process.stdout + process.stderr
 
 
 @pytest.mark.parametrize("answer", ["endless", "slow", "deep"])
