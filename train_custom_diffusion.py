@@ -965,7 +965,7 @@ def main(args):
     if stopped:
         accelerator.print(f"Stopped after step {step}; to go on: the same command with --resume_from_checkpoint latest")
     elif accelerator.is_main_process:
-        save_weights(Path(args.output_dir), args, pipeline)
+        save_weights(Path(args.output_dir), args, pipeline, checkpoints.settings)
         finish(args, accelerator, prove_reload(args, pipeline), step, concepts, repository)
     accelerator.wait_for_everyone()
     (model,) = accelerator.free_memory(model)  # first: torch can hang if its end is also the process group's
@@ -1052,8 +1052,11 @@ def to_bytes(save, *args, **kwargs):
     return stream.getvalue()
 
 
-def save_weights(folder, args, pipeline):
-    """Writes what is trained, in float32, as diffusers reads it: .bin and, unless told otherwise, .safetensors."""
+def save_weights(folder, args, pipeline, settings):
+    """Writes what is trained, in float32, as diffusers reads it: .bin and, unless told otherwise, .safetensors.
+
+    The latter record the run's settings, from which other programs know prompts and base model.
+    """
     attention, tokens = attention_state_dict(pipeline.unet), modifier_tokens(args)
     rows = pipeline.text_encoder.get_input_embeddings().rows.detach().cpu() if tokens else []
     tables = {WEIGHTS_NAME: attention, **{token: {token: rows[i].clone()} for i, token in enumerate(tokens)}}
@@ -1064,7 +1067,8 @@ def save_weights(folder, args, pipeline):
         empty = sorted(untrained) if name == WEIGHTS_NAME else []
         write_file(folder / f"{name}.bin", to_bytes(torch.save, table | {layer: {} for layer in empty}))
         if not args.no_safe_serialization:
-            content = serialize(table | {layer: torch.empty(0) for layer in empty}, {"format": "pt"})
+            metadata = {"format": "pt", "settings": json.dumps(settings)}
+            content = serialize(table | {layer: torch.empty(0) for layer in empty}, metadata)
             write_file(folder / f"{name}.safetensors", content)
 
 
@@ -1102,7 +1106,7 @@ class Checkpoints:
         with torch.device("meta"):  # without weights
             unet = diffusers.UNet2DConditionModel.from_config(self.pipeline.unet.config)
         with tempfile.TemporaryDirectory(dir=self.output_dir) as folder, failing_as(subject, "a trial save failed"):
-            save_weights(Path(folder), self.args, self.pipeline)
+            save_weights(Path(folder), self.args, self.pipeline, self.settings)
             unet.load_attn_procs(folder, weight_name=result_files(self.args)[0], _pipeline=self.pipeline)
             unet.get_submodule(next(iter(attention_state_dict(self.pipeline.unet))).rpartition(".")[0])
 
@@ -1118,7 +1122,7 @@ class Checkpoints:
         state["scaler"] = scaler.state_dict() if scaler else None
         record = {"step": step, "settings": self.settings}
         try:
-            save_weights(self.unfinished, self.args, self.pipeline)
+            save_weights(self.unfinished, self.args, self.pipeline, self.settings)
             write_file(self.unfinished / TRAINING_STATE_NAME, to_bytes(torch.save, state))
             write_file(self.unfinished / CHECKPOINT_NAME, json.dumps(record, indent=2).encode())
             self.delete(folder)  # if an earlier run made one
