@@ -54,7 +54,7 @@ def parse_args(input_args=None):
     add("--variant", help="variant of the base model's weight files, such as fp16")
     add("--output", type=path, required=True, help="NAME.safetensors, or a new folder for --format model")
     add("--format", choices=("lora", "full", "model"), default="lora",
-        help='lora (default): for all tools; full: exact differences, LyCORIS "full"; model: merged, diffusers\' format')
+        help='lora (default): for all tools; full: exact differences, LyCORIS "full"; model: merged, a folder')
     add("--rank", type=int, help=f"rank of the LoRA (default: {RANK}); higher loses less and makes a larger file")
     add("--energy", type=float,
         help="instead of --rank: the lowest rank that keeps this share of every layer's squared change, such as 0.99")
@@ -270,7 +270,7 @@ def describe(title, kind, words, unet, scheduler):
     size = 8 * unet["sample_size"]
     architecture = "stable-diffusion-v1"
     if is_v2:
-        architecture = "stable-diffusion-v2-768-v" if is_v else "stable-diffusion-v2-512"    )
+        architecture = "stable-diffusion-v2-768-v" if is_v else "stable-diffusion-v2-512"
     return {
         "format": "pt",
         "ss_base_model_version": f"sd_v{2 if is_v2 else 1}{'_v' if is_v else ''}",
