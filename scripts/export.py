@@ -18,7 +18,7 @@ import traceback
 from pathlib import Path
 
 WEIGHTS_FILE = "pytorch_custom_diffusion_weights.safetensors"
-TRAINED = re.compile(r"(.+\.attn2)\.processor\.(to_[kvq]|to_out)_custom_diffusion((?:\.0)?\.(?:weight|bias))")
+TRAINED = re.compile(r"(.+\.attn2)\.processor(\.to_[kvq]|\.to_out)_custom_diffusion((?:\.0)?\.(?:weight|bias))")
 EXPORTED = "modelspec.sai_model_spec"  # in the metadata of every file that this script writes
 RANK = 64
 
