@@ -247,6 +247,11 @@ def norm(tensors):
     return sum(float(tensor.double().square().sum()) for tensor in tensors) ** 0.5
 
 
+def megabytes(count):
+    """A number of bytes in words."""
+    return f"{count / 1e6:,.{0 if count >= 1e7 else 2}f} MB"
+
+
 def print_loss(changes, held):
     """Prints which part of the trained change a file lacks: |change - held| / |change| over all and of the worst."""
     lost = {name: norm([changes[name] - value]) for name, value in held.items()}
@@ -392,12 +397,12 @@ def export(args):
     base, unet, scheduler = read_base(args, subject, trained.keys())
     changes = subtract(trained, words, base, unet, subject)
     size = norm(changes.values()) / (norm(base[name] for name in changes) or 1)
-    known = f"the word{'s' * (len(words) > 1)} {', '.join(words)}" if words else "no word"
-    print(f"{args.result}: {known}, {len(trained)} trained tensors, changed by {100 * size:.3g} % of the base model's")
+    moved = f"training changed {len(trained)} tensors by {100 * size:.3g} %"
+    print(f"{args.result}: {', '.join(words) or 'no word'}; {moved}")
     if args.format == "model":
         write_model(args, subject, trained, words, unet, scheduler)
         content = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
-        print(f"Wrote {output}: a model in diffusers format, {args.dtype}, {content / 1e6:,.1f} MB")
+        print(f"Wrote {output}: a model in diffusers format, {args.dtype}, {megabytes(content)}")
         return
     metadata = describe(output.stem, "lora", [plain_name(word) for word in words], unet, scheduler)
     if args.format == "lora":
@@ -414,7 +419,7 @@ def export(args):
     content = serialize(tensors, metadata)
     write_file(output, content)
     write_words(words, placed, unet, scheduler)
-    print(f"Wrote {output}: {kind}, {args.dtype}, {len(content) / 1e6:,.1f} MB")
+    print(f"Wrote {output}: {kind}, {args.dtype}, {megabytes(len(content))}")
     for word, file in placed.items():
         print(f"Wrote {file}: the embedding of {word}, which other tools call {file.stem}, after the file")
 
