@@ -122,9 +122,11 @@ def read_result(name):
         table = load_file(file)
     for key, value in table.items():
         match = TRAINED.fullmatch(key)
+        if not value.numel():
+            continue  # the empty entries are there for diffusers' loader
         if match:
             trained["".join(match.groups())] = value.float()
-        elif value.numel():  # the empty entries are there for diffusers' loader
+        else:
             fail(file, f"holds {key}, which Custom Diffusion does not train; give a Custom Diffusion result")
     if not trained:
         fail(file, "no trained weights in it; give a Custom Diffusion result")
@@ -146,9 +148,10 @@ def read_result(name):
 
 
 def read_base(args, subject, names):
-    """Returns the base model's own weights called `names`, in float32, and the configurations of UNet and scheduler.
+    """Returns the base model's own weights in float32, and the configurations of UNet and scheduler.
 
-    Reads these weights alone and no whole network, so a large model takes little memory.
+    Of the weights, those called `names` and the cross-attention's to_k, which says whether a layer was left out. Reads
+    these alone and no whole network, so a large model takes little memory.
     """
     stem, variant = "diffusion_pytorch_model", f".{args.variant}" if args.variant else ""
     # one file or several; a variant's parts are called one way by today's diffusers and another way by older ones
@@ -170,16 +173,17 @@ def read_base(args, subject, names):
     base = {}
     for file in files:
         with failing_as(file, "the file is corrupt; download the model again"), safe_open(file, "pt") as content:
-            base |= {key: content.get_tensor(key).float() for key in names & set(content.keys())}
+            keys = [key for key in content.keys() if key in names or key.endswith(".attn2.to_k.weight")]
+            base |= {key: content.get_tensor(key).float() for key in keys}
     return base, unet, scheduler
 
 
 def subtract(trained, words, base, unet, subject):
     """Returns trained - base by name; fails if the result is of a model with other layers."""
-    for name, value in trained.items():
-        if name not in base or base[name].shape != value.shape:
-            here = f"{tuple(base[name].shape)} in this model" if name in base else "missing in this model"
-            problem = f"{name} is {tuple(value.shape)} in the result and {here}"
+    for name in sorted(trained.keys() | base.keys()):
+        ours, theirs = (tuple(table[name].shape) if name in table else "missing" for table in (trained, base))
+        if ours != theirs:
+            problem = f"{name} is {ours} in the result and {theirs} in this model"
             fail(subject, f"{problem}; give the model that the result was trained on")
     for word, value in words.items():
         if len(value) != unet["cross_attention_dim"]:

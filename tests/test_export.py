@@ -197,7 +197,7 @@ def test_layers_of_several_sizes(tmp_path):
     base[small], base[large] = torch.randn(16, 64), torch.randn(96, 64)
     save_file(base, model / "unet" / "diffusion_pytorch_model.safetensors")
     result.mkdir()
-    moved = {name: base[name] + torch.randn(base[name].shape) for name in (small, large)}
+    moved = {name: base[name] + torch.randn(base[name].shape) for name in names}
     ours = {re.sub(r"attn2\.(to_.)", r"attn2.processor.\1_custom_diffusion", name): v for name, v in moved.items()}
     save_file(ours, result / f"{WEIGHTS}.safetensors")
     said = export_here(result, model, tmp_path / "cat.safetensors", rank=1000, dtype="fp32")
@@ -471,6 +471,7 @@ def refusals(results, tmp_path_factory):
         "no model": here / "empty",
         "no such model": here / "nowhere",
         "other model": other_model,
+        "other sizes": EMBEDDED,
     }
     calls = results_of | {name: (folder, path, "out.safetensors") for name, path in models_of.items()}
     outputs = {"own file": folder / "<new1>.safetensors", "word of another": here / "taken" / "cat.safetensors"}
@@ -515,7 +516,8 @@ BAD = BAD_RESULTS | {
     "broken model": ["diffusion_pytorch_model.safetensors", "corrupt"],
     "no model": ["model_index.json", "1.x or 2.x"],
     "no such model": ["--pretrained_model_name_or_path", "nowhere"],
-    "other model": ["in the result and", "give the model that the result was trained on"],
+    "other model": ["is missing in the result and (32, 32) in this model", "give the model that the result was"],
+    "other sizes": ["in the result and", "give the model that the result was trained on"],
     "own file": ["--output", "choose another name"],
     "word of another": ["new1.safetensors", "is something else", "<new1>"],
     "word and file": ["new1.safetensors", "the output file", "<new1>"],
