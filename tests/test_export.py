@@ -329,7 +329,7 @@ def test_export_into_the_results_own_folder(results, tmp_path):
 # The merged model
 
 
-@pytest.mark.parametrize("name, keep", [("sd1", False), ("sd2", False), ("sd2", True)])
+@pytest.mark.parametrize("name, keep", [("sd1", True), ("sd2", False)])
 def test_model_is_the_trained_one(name, keep, results, tmp_path):
     """It loads as any model, predicts as trained, and all that was not trained keeps its bits."""
     model, folder = results[name]
