@@ -33,7 +33,7 @@ def pipelines(model, device, dtype):
             parameter.data.mul_(1.1)
     with tempfile.TemporaryDirectory() as folder:
         flags = argparse.Namespace(modifier_token=None, no_safe_serialization=False)
-        trainer.save_weights(Path(folder), flags, trained)
+        trainer.save_weights(Path(folder), flags, trained, {})
         weights = f"{trainer.WEIGHTS_NAME}.safetensors"
         found["loaded"].unet.load_attn_procs(folder, weight_name=weights, _pipeline=found["loaded"])
         for name, value in load_file(f"{folder}/{weights}").items():
