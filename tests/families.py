@@ -91,7 +91,7 @@ FAMILIES = {
     # without clip_sample and so of PNDM's old form; read
     "SD 1.4": Family(OLD | {"_class_name": "PNDMScheduler", "_diffusers_version": "0.4.0.dev0"}),
     "Realistic Vision 5.1": Family(CONVERTED, vae={"force_upcast": True, "scaling_factor": 0.18215}),  # read
-    # class, algorithm_type and solver_type: InvokeAI 6368
+    # class and algorithm_type: InvokeAI 6368
     "DreamShaper 8": Family(
         leftovers("DEISMultistepScheduler", algorithm_type="deis", **DPM | {"solver_type": "logrho"})
     ),
@@ -131,22 +131,9 @@ FAMILIES = {
         without=("model_max_length",),
         needs="scipy",  # the file was read, but without these two
     ),
-    "Euler ancestral": Family(leftovers("EulerAncestralDiscreteScheduler", **SIGMAS)),
-    "UniPC": Family(
-        leftovers(
-            "UniPCMultistepScheduler",
-            **DPM | {"solver_type": "bh2"},
-            disable_corrector=[],
-            predict_x0=True,
-            solver_p=None,
-            use_karras_sigmas=True,
-        )
-    ),
     "SDE of DPM++": Family(
         leftovers("DPMSolverMultistepScheduler", algorithm_type="sde-dpmsolver++", use_karras_sigmas=True, **DPM)
     ),
-    # what DreamBooth trainers leave; read
-    "DDPM": Family(PNDM | {"_class_name": "DDPMScheduler", "clip_sample_range": 1.0, "variance_type": "fixed_small"}),
     "two vectors of another word": Family(words=("<old>", "<old>_1")),
 }
 
