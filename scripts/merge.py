@@ -43,7 +43,7 @@ def parse_args(input_args=None):
     path = os.path.expanduser
     # fmt: off
     add = parser.add_argument
-    add("results", type=path, nargs="+", metavar="RESULT", help="output_dir of a run, a checkpoint, or a hub repository")
+    add("results", type=path, nargs="+", metavar="RESULT", help="output_dir, checkpoint, or hub repository")
     add("--pretrained_model_name_or_path", type=path, required=True, help="base model of the results")
     add("--revision", help="revision of the base model on the hub")
     add("--variant", help="variant of the base model's weight files, such as fp16")
@@ -67,7 +67,6 @@ import torch
 from export import WEIGHTS_FILE, fail, failing_as, read_base, read_result, subtract, write_file
 from safetensors import safe_open
 from safetensors.torch import save as serialize
-
 
 # ---------- The closed form -------------------------------------------------------------------------------------
 
