@@ -399,7 +399,7 @@ def test_files_of_the_base_model(variant, parts, results, tmp_path):
     for file in (other / "unet").glob("*-of-*") if parts == "several, older names" else ():
         name, part = re.fullmatch(r"(diffusion_pytorch_model).*(-\d+-of-\d+).*", file.name).groups()
         file.rename(file.with_name(f"{name}{part}{'.fp16' if variant else ''}.safetensors"))
-    wrong = {key: value + 1 for key, value in wrong.items()}
+    wrong = {key: value + 1 for key, value in unet.state_dict().items()}
     decoy = "diffusion_pytorch_model.safetensors" if variant else "diffusion_pytorch_model.fp16.safetensors"
     save_file(wrong, other / "unet" / decoy)
     assert (len(list((other / "unet").glob("*-of-*"))) > 1) == (parts != "one file")
