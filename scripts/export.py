@@ -121,13 +121,12 @@ def read_result(name):
     with failing_as(file, "the file is corrupt; take another checkpoint"):
         table = load_file(file)
     for key, value in table.items():
-        match = TRAINED.fullmatch(key)
         if not value.numel():
             continue  # the empty entries are there for diffusers' loader
-        if match:
-            trained["".join(match.groups())] = value.float()
-        else:
+        match = TRAINED.fullmatch(key)
+        if not match:
             fail(file, f"holds {key}, which Custom Diffusion does not train; give a Custom Diffusion result")
+        trained["".join(match.groups())] = value.float()
     if not trained:
         fail(file, "no trained weights in it; give a Custom Diffusion result")
     sources = [file]

@@ -388,20 +388,21 @@ def test_checkpoint(results, tmp_path):
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
-@pytest.mark.parametrize("parts", [False, True], ids=["one file", "several"])
+@pytest.mark.parametrize("parts", ["one file", "several", "several, older names"])
 def test_files_of_the_base_model(variant, parts, results, tmp_path):
     """Weight files in parts, and the variant that is asked for and no other."""
     model, folder = results["sd1"]
     other = shutil.copytree(model, tmp_path / "model")
     shutil.rmtree(other / "unet")
-    loaded_pipeline(model).unet.save_pretrained(
-        other / "unet", variant=variant, max_shard_size="50KB" if parts else "1GB"
-    )
-    wrong = loaded_pipeline(model).unet.state_dict()
-    wrong = {key: value + 1 for key, value in wrong.items()}
+    unet = loaded_pipeline(model).unet
+    unet.save_pretrained(other / "unet", variant=variant, max_shard_size="1GB" if parts == "one file" else "50KB")
+    for file in (other / "unet").glob("*-of-*") if parts == "several, older names" else ():
+        name, part = re.fullmatch(r"(diffusion_pytorch_model).*(-\d+-of-\d+).*", file.name).groups()
+        file.rename(file.with_name(f"{name}{part}{'.fp16' if variant else ''}.safetensors"))
+    wrong = {key: value + 1 for key, value in unet.state_dict().items()}
     decoy = "diffusion_pytorch_model.safetensors" if variant else "diffusion_pytorch_model.fp16.safetensors"
     save_file(wrong, other / "unet" / decoy)
-    assert (len(list((other / "unet").glob("*-of-*"))) > 1) == parts
+    assert (len(list((other / "unet").glob("*-of-*"))) > 1) == (parts != "one file")
     export_here(folder, other, tmp_path / "cat.safetensors", format="full", dtype="fp32", variant=variant)
     export_here(folder, model, tmp_path / "same.safetensors", format="full", dtype="fp32")
     left, right = (load_file(tmp_path / f"{name}.safetensors") for name in ("cat", "same"))
