@@ -46,36 +46,16 @@ SETTINGS += ["--learning_rate", "2e-3", "--lr_scheduler", "cosine", "--lr_warmup
 QUICKSTART = [*MODEL, *CAT, *PRIOR, *CAT_CLASS, *SETTINGS]
 BOTH = ["--concepts_list", "concept_list.json", "--modifier_token", "<new1>+<new2>"]
 BOTH += ["--initializer_token", "yellow+orange"]
-POT = ["--instance_data_dir", "assets/instance/pot", "--instance_prompt", "photo of a <new2> pot"]
-POT += ["--modifier_token", "<new2>", "--initializer_token", "orange"]
-BANDED = ["--instance_data_dir", "results/banded_cat", "--instance_prompt", "photo of a <new3> cat"]
-BANDED += ["--modifier_token", "<new3>", "--initializer_token", "blue"]
 RUNS = {
     "with prior": QUICKSTART,
     "without prior": [*MODEL, *CAT, *SETTINGS],
     "cat and pot": [*MODEL, *BOTH, *PRIOR, *SETTINGS, "--max_train_steps", "800"],
-    "pot without prior": [*MODEL, *POT, *SETTINGS],
-    "banded cat without prior": [*MODEL, *BANDED, *SETTINGS],
-}
-# what scripts/merge.py makes of them
-MERGED = {
-    "cat, kept apart": ["without prior"],
-    "cat with prior, kept apart": ["with prior"],
-    "pot, kept apart": ["pot without prior"],
-    "cat and pot, joined": ["without prior", "pot without prior"],
-    "two cats, joined": ["without prior", "banded cat without prior"],
-    "three, joined": ["without prior", "pot without prior", "banded cat without prior"],
 }
 
-TOKENS = {"cat": "<new1>", "pot": "<new2>", "banded cat": "<new3>"}
-BANDED_BACKGROUNDS = ["blue", "yellow", "black", "beach", "night"]  # of the other cat's instance pictures
+TOKENS = {"cat": "<new1>", "pot": "<new2>"}
 BACKGROUNDS = {
-    "tuning": {"cat": ["orange", "pink"], "pot": ["pink", "night"], "banded cat": ["orange", "grass"]},
-    "final": {
-        "cat": ["yellow", "green", "gray"],
-        "pot": ["green", "gray", "beach", "grass"],
-        "banded cat": ["green", "gray", "sunset"],
-    },
+    "tuning": {"cat": ["orange", "pink"], "pot": ["pink", "night"]},
+    "final": {"cat": ["yellow", "green", "gray"], "pot": ["green", "gray", "beach", "grass"]},
 }
 OPENINGS = {
     "tuning": ["photo of a {thing}", "a picture of a {thing}"],
@@ -206,16 +186,37 @@ def judge_limits(pipeline, folder, prompts):
 # ---------- Runs ------------------------------------------------------------------------------------------------
 
 
-def train(name, seed, flags):
-    """Trains in a process of its own, as a user does; returns the folder. What is there already is kept."""
-    key = repr(flags).encode() + (ROOT / "assets/model/unet/diffusion_pytorch_model.safetensors").read_bytes()
-    folder = ROOT / "results/concept_learning" / f"{name} {seed} {hashlib.sha256(key).hexdigest()[:6]}"
-    if not (folder / f"{WEIGHTS_NAME}.safetensors").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "train_custom_diffusion.py", *flags, "--seed", str(seed), "--report_to", "none"]
+def run(name, seed, flags, prompts):
+    """Trains (unless `flags` is None) and measures; returns the measures. What is there already is kept."""
+    model = (ROOT / "assets/model/unet/diffusion_pytorch_model.safetensors").read_bytes()
+    key = repr((flags, BACKGROUNDS, OPENINGS, SEEDS, WORDS, NUM_IMAGES, NUM_CONTROLS)).encode() + model
+    folder = ROOT / "results/concept_learning" / f"{prompts} {name} {seed} {hashlib.sha256(key).hexdigest()[:6]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    result = folder / "measures.json"
+    if result.exists():
+        return json.loads(result.read_text())
+    if flags and not (folder / f"{WEIGHTS_NAME}.safetensors").exists():
+        command = [
+            sys.executable,
+            "train_custom_diffusion.py",
+            *flags,
+            "--seed",
+            str(seed),
+            "--output_dir",
+            str(folder),
+        ]
+        command += ["--report_to", "none"]
         with open(folder / "log.txt", "w") as log:
-            subprocess.run([*command, "--output_dir", str(folder)], cwd=ROOT, stdout=log, stderr=log, check=True)
-    return folder
+            subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, check=True)
+    pipeline = load_pipeline(ROOT / "assets/model")
+    kinds = list(TOKENS) if flags is None or "--concepts_list" in flags else ["cat"]
+    if flags:
+        load_concept(pipeline, folder, [TOKENS[kind] for kind in kinds])
+    results = judge_pipeline(pipeline, folder, prompts, kinds)
+    if flags is None:
+        results["limits"] = judge_limits(pipeline, folder, prompts)
+    result.write_text(json.dumps(results, indent=1))
+    return results
 
 
 # ---------- Tables ----------------------------------------------------------------------------------------------
