@@ -44,6 +44,7 @@ RESULTS += [f"results/{name}" for name in ("two-concepts", "resumed", "two-proce
 PICTURES = ("pot.png", "cat_from_a_pot.png", "pot_with_another_top.png", "cat_from_the_hub.png")
 LEFT = {
     "README.md": ["cat.png", "results/python/<new1>.safetensors"],
+    "docs/export.md": ["cat_from_a_lora.png", "results/exported/my-cat-model/model_index.json"],
     "docs/other-tools.md": [*PICTURES, "results/my-cat-model/model_index.json"],
 }
 
@@ -82,8 +83,11 @@ def run_block(folder, hub, language, code, **variables):
 def used(hub, tmp_path_factory):
     """A folder like a clone in which all bash blocks ran, but for the first two: this test and the quickstart."""
     folder = tmp_path_factory.mktemp("checkout")
-    for name in ("assets", "concept_list.json", "requirements.txt", "retrieve.py", "train_custom_diffusion.py"):
+    names = ("assets", "concept_list.json", "requirements.txt", "retrieve.py", "scripts", "train_custom_diffusion.py")
+    for name in names:
         (folder / name).symlink_to(ROOT / name)
+    (folder / "results").mkdir()
+    (folder / "results" / "quickstart").symlink_to("resumed")  # of the README; stands in for the quickstart's result
     exported = {"INSTANCE_DIR": "assets/instance/cat", "OUTPUT_DIR": "my-cat", "FIRST_MACHINE": "127.0.0.1"}
     for code in [code for page in PAGES for code in blocks(page, "bash")][2:]:
         variables = exported | {"MODEL_NAME": BASE if "--push_to_hub" in code else "assets/model"}
@@ -92,7 +96,6 @@ def used(hub, tmp_path_factory):
             started = [pool.submit(run_block, folder, hub, "bash", code, MACHINE_RANK=n, **variables) for n in ranks]
             for block in started:
                 block.result()
-    (folder / "results" / "quickstart").symlink_to("resumed")  # stands in for the quickstart's result
     return folder
 
 
@@ -177,7 +180,8 @@ def test_flags_and_defaults():
 @pytest.mark.parametrize("page", PAGES)
 def test_flags_that_are_named_exist(page):
     """In sentences; those in code blocks are used."""
-    files = [ROOT / "train_custom_diffusion.py", ROOT / "retrieve.py", *(ROOT / "benchmarks").glob("*.py")]
+    files = [ROOT / "train_custom_diffusion.py", ROOT / "retrieve.py"]
+    files += [file for folder in ("benchmarks", "scripts") for file in (ROOT / folder).glob("*.py")]
     known = {name for file in files for name in re.findall(r'"--(\w+)"', file.read_text("utf-8"))}
     known |= {"num_processes", "multi_gpu", "dynamo_backend", "logdir", "shm"}  # accelerate, tensorboard, docker
     named = set(re.findall(r"(?<![\w-])--(\w+)", BLOCK.sub("", PAGES[page])))
