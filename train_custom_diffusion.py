@@ -620,9 +620,8 @@ def check_instance_prompts(tokenizer, concepts, args):
 def add_attention_processors(unet, freeze_model, use_xformers=False):
     """Gives every cross-attention layer (attn2) trainable projections: copies of its own weights, whose shapes vary."""
     train_q_out = freeze_model == "crossattn"
-    processor_class = attention_processor.CustomDiffusionAttnProcessor2_0
-    if use_xformers:
-        processor_class = attention_processor.CustomDiffusionXFormersAttnProcessor
+    kind = "CustomDiffusionXFormersAttnProcessor" if use_xformers else "CustomDiffusionAttnProcessor2_0"
+    processor_class = getattr(attention_processor, kind)
     processors = dict(unet.attn_processors)
     for name in (name for name in processors if name.endswith("attn2.processor")):
         attention = unet.get_submodule(name.removesuffix(".processor"))
@@ -810,16 +809,18 @@ def one_line_errors(main):
     def wrapper(args):
         try:
             status = main(args)
-        except RuntimeError as error:
-            status = next((f"error: {text}: {remedy}" for text, remedy in REMEDIES.items() if text in str(error)), None)
+        except BaseException as error:
+            # frees what the frames hold: workers, which Python would wait for, and models, which a notebook would keep
+            traceback.clear_frames(error.__traceback__)
+            status, said = None, str(error) if isinstance(error, RuntimeError) else ""
+            for text in filter(said.__contains__, REMEDIES):
+                status = f"error: {text}: {REMEDIES[text]}"
+            if isinstance(error, OSError) and (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT)):
+                remedy = "check its name, permissions and disk; --resume_from_checkpoint latest goes on then"
+                status = f"error: {error.filename or args.output_dir}: {error.strerror}; {remedy}"
             if not status:
                 raise
-        except OSError as error:
-            if not error.filename and error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            remedy = "check its name, permissions and disk; --resume_from_checkpoint latest goes on then"
-            status = f"error: {error.filename or args.output_dir}: {error.strerror}; {remedy}"
-        if status:  # raised here, where main's models are gone: a notebook keeps an exception and what it refers to
+        if status:  # the number of a signal, or a line
             raise SystemExit(status)
 
     return wrapper
@@ -943,8 +944,7 @@ def main(args):
             step += 1
             logs = {"loss": accelerator.reduce(step_loss, "mean").item(), "lr": lr_scheduler.get_last_lr()[0]}
             if not math.isfinite(logs["loss"]):  # the same in all processes
-                remedy = "lower --learning_rate, or the model or VAE is corrupt"
-                fail(f"step {step}", f"the loss is {logs['loss']}; {remedy}")
+                fail(f"step {step}", f"the loss is {logs['loss']}; lower --learning_rate, or take another base model")
             progress.set_postfix(loss=f"{logs['loss']:.4f}", lr=f"{logs['lr']:.2e}", refresh=False)
             progress.update()
             accelerator.log(logs, step=step)

@@ -1,12 +1,14 @@
 """Several processes and accumulation: what the ranks hold, who writes, how many steps are taken, how a failure ends."""
 
+import re
+import shutil
 import sys
 import time
 
 import pytest
 import torch
 from conftest import with_classes
-from launching import FAST, LAUNCHERS, OBSERVERS, SCRIPT, finish, flags, fork, run, start, train
+from launching import FAST, LAUNCHERS, OBSERVERS, SCRIPT, finish, flags, fork, run, start, train, wait_until
 from observers import record_files_and_weights, run_out_of_memory
 from pictures import make_picture
 from reading import distance, load_trained, movement, training_state
@@ -147,6 +149,16 @@ def test_small_shared_memory(size, status, one_real_concept, tmp_path):
     assert process.returncode == status and "Traceback" not in process.stderr, process.stderr[-3000:]
     line = process.stderr.splitlines()[-1]
     assert status == 0 or line.startswith("error: ") and "/dev/shm" in line and "--dataloader_num_workers 0" in line
+
+
+def test_picture_that_vanishes(one_real_concept, tmp_path):
+    """What ends a worker ends the run: Python does not wait for ever for workers that the error keeps alive."""
+    values = one_real_concept | {"class_data_dir": tmp_path / "cats", "max_train_steps": 1000}
+    shutil.copytree(one_real_concept["class_data_dir"], tmp_path / "cats")
+    (child,) = start(tmp_path / "run", **values, dataloader_num_workers=2)
+    wait_until(lambda: re.search(r"[1-9]\d*/1000", (tmp_path / "run.log").read_text()))
+    shutil.rmtree(tmp_path / "cats")
+    assert "FileNotFoundError" in finish([child], tmp_path / "run", status=1)
 
 
 # A failure of one process
