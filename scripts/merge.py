@@ -120,8 +120,8 @@ def load_text_encoder(args, words):
     name, options = args.pretrained_model_name_or_path, {"revision": args.revision}
     with failing_as(f"--pretrained_model_name_or_path {name}", "give the model that the results were trained on"):
         tokenizer = transformers.CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", **options)
-        options |= {"variant": args.variant, "use_safetensors": True, "dtype": torch.float32}
-        text_encoder = transformers.CLIPTextModel.from_pretrained(name, subfolder="text_encoder", **options)
+        options |= {"variant": args.variant, "use_safetensors": True}
+        text_encoder = transformers.CLIPTextModel.from_pretrained(name, subfolder="text_encoder", **options).float()
     for word, embedding in words.items():
         if not tokenizer.add_tokens(transformers.AddedToken(word, normalized=False)):
             fail(f"word {word}", "the model has it already; give the model that the results were trained on")
