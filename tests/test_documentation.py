@@ -40,7 +40,10 @@ SWAPS = {
 }
 # what the bash blocks of all pages and the Python blocks of each leave, relative to the folder in which they run
 RESULTS = ["my-cat", "my-face"]
-RESULTS += [f"results/{name}" for name in ("two-concepts", "resumed", "two-processes", "two-machines", "small")]
+RESULTS += [
+    f"results/{name}"
+    for name in ("two-concepts", "resumed", "two-processes", "two-machines", "small", "apart", "merged")
+]
 PICTURES = ("pot.png", "cat_from_a_pot.png", "pot_with_another_top.png", "cat_from_the_hub.png")
 LEFT = {
     "README.md": ["cat.png", "results/python/<new1>.safetensors"],
@@ -53,9 +56,6 @@ def blocks(page, language, marked=False):
     """Code blocks of a page, those that run or those that are marked."""
     found = BLOCK.findall(PAGES[page])
     return [code for reason, kind, code in found if kind == language and bool(reason) == marked]
-
-
-PYTHON_PAGES = [page for page in PAGES if blocks(page, "python")]
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +79,8 @@ def run_block(folder, hub, language, code, **variables):
     assert process.returncode == 0, code + process.stdout[-1000:] + process.stderr[-3000:]
 
 
-@pytest.fixture(scope="module")
-def used(hub, tmp_path_factory):
-    """A folder like a clone in which all bash blocks ran, but for the first two: this test and the quickstart."""
-    folder = tmp_path_factory.mktemp("checkout")
+def run_bash_blocks(folder, hub):
+    """Makes the folder like a clone and runs all bash blocks there but the first two: this test and the quickstart."""
     names = ("assets", "concept_list.json", "requirements.txt", "retrieve.py", "scripts", "train_custom_diffusion.py")
     for name in names:
         (folder / name).symlink_to(ROOT / name)
@@ -96,28 +94,28 @@ def used(hub, tmp_path_factory):
             started = [pool.submit(run_block, folder, hub, "bash", code, MACHINE_RANK=n, **variables) for n in ranks]
             for block in started:
                 block.result()
-    return folder
 
 
 # What runs
 
 
-def test_bash_blocks(used, hub):
-    assert len((used / "real_reg" / "samples_cat" / "caption.txt").read_text().splitlines()) == 200
-    assert len(list((used / "class_pictures" / "cat").glob("*.png"))) == 2
+@pytest.mark.slow
+def test_blocks(tmp_path, hub):
+    """All in one test, as the blocks in Python use what those in bash left."""
+    run_bash_blocks(tmp_path, hub)
+    assert len((tmp_path / "real_reg" / "samples_cat" / "caption.txt").read_text().splitlines()) == 200
+    assert len(list((tmp_path / "class_pictures" / "cat").glob("*.png"))) == 2
     for result in RESULTS:
-        assert list((used / result).glob("*.safetensors")), result
-    assert (used / "results" / "two-concepts" / "<new2>.safetensors").is_file()
-    assert (used / "my-cat" / "before_after.png").is_file()
+        assert list((tmp_path / result).glob("*.safetensors")), result
+    assert (tmp_path / "results" / "two-concepts" / "<new2>.safetensors").is_file()
+    assert (tmp_path / "my-cat" / "before_after.png").is_file()
     assert "pytorch_custom_diffusion_weights.safetensors" in hub.files("tester/my-cat")
-
-
-@pytest.mark.parametrize("page", PYTHON_PAGES)
-def test_python_blocks(page, used, hub):
-    run_block(used, hub, "python", "\n".join(blocks(page, "python")))
-    for name in LEFT.get(page, []):
-        assert (used / name).is_file(), name
-        assert not name.endswith(".png") or Image.open(used / name).size == (128, 128), name
+    for page in PAGES:
+        if blocks(page, "python"):
+            run_block(tmp_path, hub, "python", "\n".join(blocks(page, "python")))
+        for name in LEFT.get(page, []):
+            assert (tmp_path / name).is_file(), name
+            assert not name.endswith(".png") or Image.open(tmp_path / name).size == (128, 128), name
 
 
 def test_few_blocks_are_not_run():
