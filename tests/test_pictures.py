@@ -539,7 +539,8 @@ def test_large_pictures(folders, tmp_path, monkeypatch):
         (sample,) = draws[n]
     assert sorted(opened.values()) == [1] * 64 + [3] * 2
     expected = resized(image.crop((100, 0, 900, 800)), SIZE, SIZE)
-    assert same(normalized(sample["pixels"].transpose(1, 2, 0)), expected)
+    difference = np.abs(normalized(sample["pixels"].transpose(1, 2, 0)) - expected) * 127.5
+    assert difference.max() < 6 and difference.mean() < 1.5, "of 255 levels"
 
 
 def test_flip_mirrors_half_of_them(folders):
