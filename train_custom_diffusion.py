@@ -1017,12 +1017,11 @@ def validate(args, accelerator, pipeline, step):
             images += pipeline(args.validation_prompt, num_images_per_prompt=count, **settings).images
     if args.cache_latents:
         pipeline.vae.to("cpu")
-    columns, label = min(4, len(images)), max(16, args.resolution // 12)  # label: pixels of the line of text
+    columns, line = min(4, len(images)), max(16, args.resolution // 12)  # line: of text, its height in pixels
     blanks = [Image.new("RGB", images[0].size, "white")] * (-len(images) % columns)
     grid = make_image_grid([*images, *blanks], -(-len(images) // columns), columns)
-    sheet, font = ImageOps.expand(grid, (0, label, 0, 0), "white"), ImageFont.load_default(0.7 * label)
-    text, place = f"step {step}" if step else "before", (label // 4, label // 2)
-    ImageDraw.Draw(sheet).text(place, text, "black", font, anchor="lm")
+    sheet, font = ImageOps.expand(grid, (0, line, 0, 0), "white"), ImageFont.load_default(0.7 * line)
+    ImageDraw.Draw(sheet).text((line // 4, line // 2), f"step {step}" if step else "before", "black", font, anchor="lm")
     write_file(Path(args.output_dir, "validation", f"step-{step:06d}.png"), to_bytes(sheet.save, format="PNG"))
     for tracker in accelerator.trackers:
         if tracker.name in ("tensorboard", "wandb"):
@@ -1053,10 +1052,7 @@ def to_bytes(save, *args, **kwargs):
 
 
 def save_weights(folder, args, pipeline, settings):
-    """Writes what is trained, in float32, as diffusers reads it: .bin and, unless told otherwise, .safetensors.
-
-    The latter record the run's settings, from which other programs know prompts and base model.
-    """
+    """Writes what is trained, in float32, as diffusers reads it: .bin, and .safetensors with the run's settings."""
     attention, tokens = attention_state_dict(pipeline.unet), modifier_tokens(args)
     rows = pipeline.text_encoder.get_input_embeddings().rows.detach().cpu() if tokens else []
     tables = {WEIGHTS_NAME: attention, **{token: {token: rows[i].clone()} for i, token in enumerate(tokens)}}

@@ -51,7 +51,7 @@ def parse_args(input_args=None):
     add("--rename", nargs="+", default=[], metavar="RESULT:OLD=NEW", help="other words, if two results share one")
     add("--weight", type=float, default=10.0, help="of the concepts; higher keeps more of them and less of the rest")
     add("--class_weight", type=float, default=3.0, help="of the same prompts without the new word")
-    add("--captions", type=Path, default=CAPTIONS, help="file of captions that are to stay as they are, one a line")
+    add("--captions", type=path, default=CAPTIONS, help="file of captions that are to stay as they are, one a line")
     add("--concepts", nargs="+", metavar="PHRASE", help='each word with its class, "<new1> cat"; default: as trained')
     add("--ridge", type=float, default=1e-5, help="of the least squares; for --method paper 1e-2 is a start")
     add("--method", choices=("least_squares", "paper"), default="least_squares",
@@ -240,7 +240,7 @@ def merge(args):
         changes[name] = {key: value.double() for key, value in change.items()}
 
     with failing_as(f"--captions {args.captions}", "give a text file in UTF-8, one caption a line"):
-        captions = [line for line in args.captions.read_text("utf-8").splitlines() if line.strip()]
+        captions = [line for line in Path(args.captions).read_text("utf-8").splitlines() if line.strip()]
     tokenizer, text_encoder = load_text_encoder(args, words)
     encode_all = functools.partial(encode, tokenizer, text_encoder)
     templates = [opening + ending for opening in OPENINGS for ending in ENDINGS]
