@@ -1063,7 +1063,7 @@ def save_weights(folder, args, pipeline, settings):
         empty = sorted(untrained) if name == WEIGHTS_NAME else []
         write_file(folder / f"{name}.bin", to_bytes(torch.save, table | {layer: {} for layer in empty}))
         if not args.no_safe_serialization:
-            metadata = {"format": "pt", "settings": json.dumps(settings)}
+            metadata = {"settings": json.dumps(settings)}  # of several entries the order, and so the bytes, would vary
             content = serialize(table | {layer: torch.empty(0) for layer in empty}, metadata)
             write_file(folder / f"{name}.safetensors", content)
 

@@ -214,7 +214,7 @@ def write_result(args, inputs, base, merged, words, phrases):
     tables = {WEIGHTS_FILE: table} | {f"{word}.safetensors": {word: row} for word, row in words.items()}
     for name, content in tables.items():
         file, stream = Path(args.output_dir, name), io.BytesIO()
-        write_file(file, serialize(content, {"format": "pt", "settings": json.dumps(settings)}))
+        write_file(file, serialize(content, {"settings": json.dumps(settings)}))
         torch.save({key: value if value.numel() else {} for key, value in content.items()}, stream)
         write_file(file.with_suffix(".bin"), stream.getvalue())
 
