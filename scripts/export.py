@@ -40,6 +40,15 @@ def failing_as(subject, remedy):
         fail(subject, f"{problem}; {remedy}")
 
 
+@contextlib.contextmanager
+def failing_on_disk(output):
+    """Ends the run with one line for what the system refuses in this context: a disk that is full, for example."""
+    try:
+        yield
+    except OSError as error:
+        fail(error.filename or output, f"{error.strerror or error}; check its name, permissions and disk")
+
+
 def parse_args(input_args=None):
     """Reads the command line, or the list of strings `input_args`, into a checked `argparse.Namespace`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
@@ -429,10 +438,8 @@ def export(args):
 
 def main(args):
     """Exports; what goes wrong in the machine, not in the program, ends with one line."""
-    try:
+    with failing_on_disk(args.output):
         export(args)
-    except OSError as error:
-        fail(error.filename or args.output, f"{error.strerror or error}; check its name, permissions and disk")
 
 
 if __name__ == "__main__":

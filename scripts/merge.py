@@ -64,7 +64,7 @@ if __name__ == "__main__":
     parse_args()  # so that --help and wrong arguments answer before the imports below, which take seconds
 
 import torch
-from export import WEIGHTS_FILE, fail, failing_as, read_base, read_result, subtract, write_file
+from export import WEIGHTS_FILE, fail, failing_as, failing_on_disk, read_base, read_result, subtract, write_file
 from safetensors import safe_open
 from safetensors.torch import save as serialize
 
@@ -134,7 +134,7 @@ def load_text_encoder(args, words):
 def encode(tokenizer, text_encoder, prompts):
     """Text features of prompts, from the first word to the end token of each: (tokens of all, dim), float64.
 
-    The start token's are the same in every prompt, and keys and values of the padding were found to matter little.
+    The start token's are the same in every prompt, so they would only repeat.
     """
     features = []
     for start in range(0, len(prompts), 50):
@@ -150,7 +150,7 @@ def encode(tokenizer, text_encoder, prompts):
 
 
 def read_inputs(args):
-    """Returns {result: (trained weights, settings of its run)}, {word: embedding} and {word: result}."""
+    """Returns {result: (trained weights, settings of its run)}, {word: embedding}, {word: (result, its name there)}."""
     renamed = {}
     for text in args.rename:
         match = re.fullmatch(r"(.+):([^:=]+)=([^:=]+)", text)
@@ -166,10 +166,10 @@ def read_inputs(args):
             settings = json.loads((content.metadata() or {}).get("settings", "{}"))
         inputs[name] = (trained, settings)
         for word, embedding in own_words.items():
-            word = renamed.pop((name, word), word)
+            trained_as, word = word, renamed.pop((name, word), word)
             if word in words:
-                fail(name, f"has the word {word}, as {origin[word]} has; add --rename '{name}:{word}=<other>'")
-            words[word], origin[word] = embedding, name
+                fail(name, f"has the word {word}, as {origin[word][0]} has; add --rename '{name}:{word}=<other>'")
+            words[word], origin[word] = embedding, (name, trained_as)
     for name, word in renamed:
         fail(f"--rename {name}:{word}", "no such word in this result")
     if not words:
@@ -183,19 +183,14 @@ def read_inputs(args):
 def find_phrases(args, inputs, words, origin):
     """Returns {word: (phrase with the word, the same without it)}, such as ("<new1> cat", "cat"), as it was trained."""
     phrases = {}
-    renamed = {text.rpartition(":")[2].split("=")[1]: text.rpartition(":")[2].split("=")[0] for text in args.rename}
     for word in words:
-        trained_as = renamed.get(word, word)
-        prompts = [prompt for prompt, *_ in inputs[origin[word]][1].get("concepts", ())]
-        found = [
-            prompt[prompt.index(trained_as) :].replace(trained_as, word) for prompt in prompts if trained_as in prompt
-        ]
-        found = [phrase for phrase in args.concepts or () if word in phrase] + found
+        result, trained_as = origin[word]
+        found = [phrase for phrase in args.concepts or () if word in phrase]
+        for prompt, *_ in inputs[result][1].get("concepts", ()):
+            if trained_as in prompt:
+                found.append(prompt[prompt.index(trained_as) :].replace(trained_as, word))
         if not found:
-            fail(
-                f"word {word}",
-                f"{origin[word]} does not record its prompt; add --concepts '{word} cat', with its class",
-            )
+            fail(f"word {word}", f"{result} does not record its prompt; add --concepts '{word} cat', with its class")
         phrases[word] = (found[0], " ".join(found[0].replace(word, " ").split()))
     return phrases
 
@@ -236,7 +231,8 @@ def merge(args):
     base, unet, _ = read_base(args, subject, names)
     changes = {}
     for name, (trained, _) in inputs.items():
-        change = subtract(trained, {word: words[word] for word in words if origin[word] == name}, base, unet, subject)
+        own_words = {word: words[word] for word in words if origin[word][0] == name}
+        change = subtract(trained, own_words, base, unet, subject)
         changes[name] = {key: value.double() for key, value in change.items()}
 
     with failing_as(f"--captions {args.captions}", "give a text file in UTF-8, one caption a line"):
@@ -251,16 +247,16 @@ def merge(args):
         found = exact_filters(concepts, rest, args.ridge)
     else:
         found = filters(concepts, classes, rest, args.weight, args.class_weight, args.ridge)
-    merged = {
-        key: sum(changes[origin[word]][key] @ matrix for word, matrix in zip(words, found, strict=True)) for key in base
-    }
+    parts = [(changes[origin[word][0]], matrix) for word, matrix in zip(words, found, strict=True)]
+    merged = {key: sum(change[key] @ matrix for change, matrix in parts) for key in base}
 
-    for word, features in zip(words, concepts, strict=True):
-        trained, matrix = changes[origin[word]], gram(features)
+    for word, features, (trained, _) in zip(words, concepts, parts, strict=True):
+        matrix = gram(features)
         lost = size({key: merged[key] - trained[key] for key in merged}, matrix) / (size(trained, matrix) or 1)
         print(f"{phrases[word][0]}: {100 * (1 - lost):.0f} % of what was trained is kept")
-    own = {key: base[key].double() for key in merged}
-    moved = [100 * size(change, gram(rest)) / size(own, gram(rest)) for change in (*changes.values(), merged)]
+    matrix = gram(rest)
+    own = size({key: base[key].double() for key in merged}, matrix)
+    moved = [100 * size(change, matrix) / own for change in (*changes.values(), merged)]
     trained = ", ".join(f"{value:.2g} %" for value in moved[:-1])
     print(f"Keys and values of {len(captions)} other captions move by {moved[-1]:.2g} % (as trained: {trained})")
     write_result(args, inputs, base, merged, words, phrases)
@@ -269,10 +265,8 @@ def merge(args):
 
 def main(args):
     """Merges; what goes wrong in the machine, not in the program, ends with one line."""
-    try:
+    with failing_on_disk(args.output_dir):
         merge(args)
-    except OSError as error:
-        fail(error.filename or args.output_dir, f"{error.strerror or error}; check its name, permissions and disk")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 Two results of one model are merged, a cat's and a pot's, which both call their word <new1>.
 """
 
-import importlib
 import json
 import re
 import shutil
@@ -24,18 +23,11 @@ from reading import (
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+sys.path.insert(0, str(ROOT / "scripts"))
+import merge as script  # noqa: E402
+
 MERGE = ROOT / "scripts" / "merge.py"
-OPENINGS = ("photo of a {}", "a photo of a {}", "a picture of a {}", "a {}", "{}", "my {}", "a painting of a {}")
-ENDINGS = (
-    "",
-    " on the beach",
-    " in a garden",
-    " at night",
-    " on a table",
-    " on a white background",
-    " next to a house",
-)
-TEMPLATES = [opening + ending for opening in OPENINGS for ending in ENDINGS]
+TEMPLATES = [opening + ending for opening in script.OPENINGS for ending in script.ENDINGS]
 CAPTIONS = ["a red fish on the beach", "two dogs", "photo of a house at night", "a very old and blue car, striped"] * 2
 
 
@@ -61,14 +53,6 @@ def merge(*results, **values):
     process = run(sys.executable, MERGE, *words_of(*results, **values))
     assert process.returncode == 0, process.stdout + process.stderr
     return process.stdout
-
-
-@pytest.fixture(scope="module")
-def script():
-    """The script as a module, for calls that need no process of their own."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.syspath_prepend(ROOT / "scripts")
-        yield importlib.import_module("merge")
 
 
 @pytest.fixture(scope="module")
@@ -194,11 +178,11 @@ def test_result_is_taken_as_an_input(joined, sd1, tmp_path):
     assert run(sys.executable, ROOT / "scripts" / "export.py", tmp_path / "again", *words).returncode == 0
 
 
-def test_result_without_settings(script, results, sd1, tmp_path):
+def test_result_without_settings(results, sd1, tmp_path):
     """Without the settings that the trainer records, the prompt has to be given; nothing else differs."""
     old = shutil.copytree(results["cat"], tmp_path / "old")
     save_file(load_file(old / f"{WEIGHTS}.safetensors"), old / f"{WEIGHTS}.safetensors", {"format": "pt"})
-    line = refusal(script, old, model=sd1, output_dir=tmp_path / "run")
+    line = refusal(old, model=sd1, output_dir=tmp_path / "run")
     assert line.startswith("error: word <new1>: ") and "--concepts '<new1> " in line and not (tmp_path / "run").exists()
     merge(old, model=sd1, output_dir=tmp_path / "run", concepts=["<new1> cat"])
     merge(results["cat"], model=sd1, output_dir=tmp_path / "new")
@@ -209,7 +193,7 @@ def test_result_without_settings(script, results, sd1, tmp_path):
 # What is refused
 
 
-def refusal(script, *results, **values):
+def refusal(*results, **values):
     """The line with which the script ends."""
     with pytest.raises(SystemExit) as ended:
         script.main(script.parse_args(words_of(*results, **values)))
@@ -247,10 +231,10 @@ def broken(results, sd1, tmp_path):
     }
 
 
-def test_refused(script, results, sd1, tmp_path):
+def test_refused(results, sd1, tmp_path):
     """One line that names the flag or folder, and nothing written."""
     for case, (given, values, words) in broken(results, sd1, tmp_path).items():
-        line = refusal(script, *given, output_dir=tmp_path / "out", **{"model": sd1} | values)
+        line = refusal(*given, output_dir=tmp_path / "out", **{"model": sd1} | values)
         assert line.startswith("error: ") and "\n" not in line, case + line
         assert [word for word in words if word not in line] == [], case + line
         assert not (tmp_path / "out").exists(), case
