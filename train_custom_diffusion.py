@@ -45,6 +45,7 @@ from pathlib import Path
 NEEDED = ("torch>=2.6", "diffusers>=0.35", "transformers>=4.48,<6", "accelerate>=1.0,<2", "numpy>=1.26", "Pillow>=10.1")
 INSTALL = "run pip install -r requirements.txt, best in a new environment"
 WEIGHTS_NAME = "pytorch_custom_diffusion_weights"
+MERGE = Path(__file__).resolve().with_name("scripts") / "merge.py"
 TRAINING_STATE_NAME, CHECKPOINT_NAME = "training_state.pt", "checkpoint.json"
 REMEDIES = {  # by what torch says
     "out of memory": "--gradient_checkpointing or a smaller --train_batch_size or --sample_batch_size takes less",
@@ -166,6 +167,7 @@ def parse_args(input_args=None):
     add("--logging_dir", type=path, default="logs", help="tensorboard's folder, inside output_dir")
     add("--report_to", default="tensorboard", choices=trackers, help="tracker of loss and validation pictures")
     add("--no_safe_serialization", **flag, help="write only .bin files, no .safetensors")
+    add("--keep_apart", **flag, help="at the end, put everything but the new words back as it was (scripts/merge.py)")
     add("--validation_prompt", help='prompt of the validation pictures: "<new1> cat sitting in a bucket"')
     add("--num_validation_images", type=positive, default=2, help="pictures per validation")
     add("--validation_steps", type=positive, default=50, help="optimizer steps between validations")
@@ -193,6 +195,10 @@ def parse_args(input_args=None):
         parser.error(f"--modifier_token {args.modifier_token!r}: give different words, for example '<new1>+<new2>'")
     if len(args.initializer_token.split("+")) < len(tokens):
         parser.error(f"--initializer_token {args.initializer_token}: give one for each of {args.modifier_token}")
+    if args.keep_apart and (args.freeze_model != "crossattn_kv" or not tokens):
+        parser.error("--keep_apart needs --modifier_token and --freeze_model crossattn_kv")
+    if args.keep_apart and not MERGE.is_file():
+        parser.error(f"--keep_apart needs {MERGE}, from this script's repository")
     check_versions()
     return args
 
@@ -965,6 +971,8 @@ def main(args):
     if stopped:
         accelerator.print(f"Stopped after step {step}; to go on: the same command with --resume_from_checkpoint latest")
     elif accelerator.is_main_process:
+        if args.keep_apart:
+            keep_apart(args, pipeline, checkpoints.settings)
         save_weights(Path(args.output_dir), args, pipeline, checkpoints.settings)
         finish(args, accelerator, prove_reload(args, pipeline), step, concepts, repository)
     accelerator.wait_for_everyone()
@@ -1066,6 +1074,21 @@ def save_weights(folder, args, pipeline, settings):
             metadata = {"settings": json.dumps(settings)}  # of several entries the order, and so the bytes, would vary
             content = serialize(table | {layer: torch.empty(0) for layer in empty}, metadata)
             write_file(folder / f"{name}.safetensors", content)
+
+
+def keep_apart(args, pipeline, settings):
+    """Replaces the trained keys and values by those that scripts/merge.py makes of them; docs/merging.md says how."""
+    sys.path.insert(0, str(MERGE.parent))
+    import merge
+
+    with tempfile.TemporaryDirectory(dir=args.output_dir) as folder:
+        trained, kept = Path(folder, "trained"), Path(folder, "kept")
+        save_weights(trained, argparse.Namespace(**vars(args) | {"no_safe_serialization": False}), pipeline, settings)
+        options = {name: getattr(args, name) for name in ("pretrained_model_name_or_path", "revision", "variant")}
+        words = [f"--{name}={value}" for name, value in options.items() if value]
+        merge.merge(merge.parse_args([str(trained), *words, f"--output_dir={kept}"]))
+        table = torch.load(kept / f"{WEIGHTS_NAME}.bin", weights_only=True)
+    pipeline.unet.load_state_dict({key: value for key, value in table.items() if len(value)}, strict=False)
 
 
 class Checkpoints:

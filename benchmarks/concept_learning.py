@@ -2,15 +2,17 @@
 """Measures what the trainer teaches the embedded model, and what it spoils; prints the tables of docs/measurements.md.
 
     python benchmarks/concept_learning.py [--seeds 0 1 2] [--quick] [-- --max_train_steps 400]
+    python benchmarks/concept_learning.py --runs "without prior" "cat kept apart" --tuning --merge_flags="--weight 30"
     python benchmarks/concept_learning.py --cache_latents 1 2 4
+    python benchmarks/concept_learning.py --ranks 4 8 16 32
 
-Trains in processes of their own, as a user does, with the quickstart's flags (flags after `--` are added to them):
-the cat with and without prior preservation, and cat and pot together, once per seed. The pictures are judged by
-tools/measure.py, which knows colours and places and has no learned part. There are two disjoint sets of prompts and
-backgrounds, neither among the instance pictures: settings were chosen on "tuning" (`--tuning`: the cat with prior
-preservation alone), the tables come from "final". Before and after start from the same noise. --cache_latents
-compares the cat with prior preservation as it is with that on so many fixed augmentations of each picture.
-Everything lies in results/concept_learning; an interrupted run goes on where it stopped.
+Trains in processes of their own, as a user does, with the quickstart's flags (flags after `--` are added to them), once
+per seed; scripts/merge.py then joins the results, or keeps one apart. The pictures are judged by tools/measure.py,
+which knows colours and places and has no learned part. There are two disjoint sets of prompts and backgrounds, neither
+among the instance pictures: settings were chosen on "tuning", the tables come from "final". Before and after start from
+the same noise. --cache_latents compares the cat with prior preservation as it is with that on so many fixed
+augmentations of each picture, --ranks with that exported as LoRAs. Everything lies in results/concept_learning; an
+interrupted run goes on where it stopped.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import hashlib
 import json
 import os
 import random
+import shlex
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -43,19 +46,40 @@ PRIOR = ["--with_prior_preservation", "--prior_loss_weight", "0.25", "--real_pri
 CAT_CLASS = ["--class_data_dir", "assets/regularization/cat", "--class_prompt", "cat"]
 SETTINGS = ["--resolution", "128", "--train_batch_size", "8", "--max_train_steps", "500", "--noaug", "--hflip"]
 SETTINGS += ["--learning_rate", "2e-3", "--lr_scheduler", "cosine", "--lr_warmup_steps", "20"]
-QUICKSTART = [*MODEL, *CAT, *PRIOR, *CAT_CLASS, *SETTINGS]
+QUICKSTART = [*MODEL, *CAT, *SETTINGS]
+WITH_PRIOR = [*MODEL, *CAT, *PRIOR, *CAT_CLASS, *SETTINGS]
+POT = ["--instance_data_dir", "assets/instance/pot", "--instance_prompt", "photo of a <new2> pot"]
+POT += ["--modifier_token", "<new2>", "--initializer_token", "orange"]
+BANDED = ["--instance_data_dir", "results/banded_cat", "--instance_prompt", "photo of a <new3> cat"]
+BANDED += ["--modifier_token", "<new3>", "--initializer_token", "blue"]
 BOTH = ["--concepts_list", "concept_list.json", "--modifier_token", "<new1>+<new2>"]
 BOTH += ["--initializer_token", "yellow+orange"]
-RUNS = {
-    "with prior": QUICKSTART,
-    "without prior": [*MODEL, *CAT, *SETTINGS],
-    "cat and pot": [*MODEL, *BOTH, *PRIOR, *SETTINGS, "--max_train_steps", "800"],
+RUNS = {  # name: (concepts, flags of a training or results that are merged)
+    "with prior": (["cat"], WITH_PRIOR),
+    "without prior": (["cat"], QUICKSTART),
+    "pot without prior": (["pot"], [*MODEL, *POT, *SETTINGS]),
+    "banded cat without prior": (["banded cat"], [*MODEL, *BANDED, *SETTINGS]),
+    "cat and pot": (["cat", "pot"], [*MODEL, *BOTH, *PRIOR, *SETTINGS, "--max_train_steps", "800"]),
+    "cat kept apart": (["cat"], ["without prior"]),
+    "with prior, kept apart": (["cat"], ["with prior"]),
+    "pot kept apart": (["pot"], ["pot without prior"]),
+    "cat and pot joined": (["cat", "pot"], ["without prior", "pot without prior"]),
+    "two cats joined": (["cat", "banded cat"], ["without prior", "banded cat without prior"]),
+    "three joined": (
+        ["cat", "pot", "banded cat"],
+        ["without prior", "pot without prior", "banded cat without prior"],
+    ),
 }
 
-TOKENS = {"cat": "<new1>", "pot": "<new2>"}
+TOKENS = {"cat": "<new1>", "pot": "<new2>", "banded cat": "<new3>"}  # the last word of a concept is its class
+BANDED_BACKGROUNDS = ["blue", "yellow", "black", "beach", "night"]  # of its instance pictures
 BACKGROUNDS = {
-    "tuning": {"cat": ["orange", "pink"], "pot": ["pink", "night"]},
-    "final": {"cat": ["yellow", "green", "gray"], "pot": ["green", "gray", "beach", "grass"]},
+    "tuning": {"cat": ["orange", "pink"], "pot": ["pink", "night"], "banded cat": ["orange", "grass"]},
+    "final": {
+        "cat": ["yellow", "green", "gray"],
+        "pot": ["green", "gray", "beach", "grass"],
+        "banded cat": ["green", "gray", "sunset"],
+    },
 }
 OPENINGS = {
     "tuning": ["photo of a {thing}", "a picture of a {thing}"],
@@ -77,6 +101,13 @@ WORDS = {  # the concepts described to the untrained model; the best description
         "blue pot with pink and orange stripes",
         "half pink half orange pot",
     ],
+    "banded cat": [
+        "blue, white and red cat",
+        "blue, white and red striped cat",
+        "blue and white striped cat",
+        "white cat with red stripes",
+        "half blue half red cat",
+    ],
 }
 ENVIRONMENT = {
     # glibc would return every large buffer to the system and ask for it again at the next step
@@ -93,8 +124,11 @@ def parse_args():
     parser = argparse.ArgumentParser(description="Measure what the trainer teaches the embedded model.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="training seeds")
     parser.add_argument("--quick", action="store_true", help="20 steps and one seed, to see that it works")
-    parser.add_argument("--tuning", action="store_true", help="the tuning prompts, on the cat with prior alone")
+    parser.add_argument("--tuning", action="store_true", help="the prompts on which settings are chosen")
+    parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS), metavar="NAME", help="only these")
+    parser.add_argument("--merge_flags", type=shlex.split, default=[], help="flags for scripts/merge.py, in one string")
     parser.add_argument("--cache_latents", type=int, nargs="+", metavar="K", help="compare cached latents, no more")
+    parser.add_argument("--ranks", type=int, nargs="+", metavar="R", help="compare exported LoRAs, no more")
     parser.add_argument("flags", nargs="*", help="flags for the trainer, after --")
     args = parser.parse_args()
     if args.quick:
@@ -105,10 +139,10 @@ def parse_args():
 # ---------- Pictures and their measures -------------------------------------------------------------------------
 
 
-def concept_prompts(prompts, kind, thing):
-    """NUM_IMAGES prompts of a thing on the set's backgrounds of that kind, as (prompt, background name) pairs."""
+def concept_prompts(prompts, concept, thing):
+    """NUM_IMAGES prompts of a thing on the set's backgrounds for a concept, as (prompt, background name) pairs."""
     rng = random.Random(SEEDS[prompts])
-    pairs = [(background, o) for o in OPENINGS[prompts] for background in BACKGROUNDS[prompts][kind]]
+    pairs = [(background, o) for o in OPENINGS[prompts] for background in BACKGROUNDS[prompts][concept]]
     pairs = [pairs[i % len(pairs)] for i in range(NUM_IMAGES)]
     return [(f"{o.format(thing=thing)} {world.where(background, rng)}", background) for background, o in pairs]
 
@@ -121,44 +155,46 @@ def draw(pipeline, prompts, seed):
     return images
 
 
-def judge(images, backgrounds, kind, concept):
-    """Mean measures: overlap with the concept's colours and layout, shares of right background, shape, red colour."""
+def judge(images, backgrounds, concept):
+    """Mean overlap with a concept's colours and layout, shares of right background and shape, and the main colours."""
     found = [measure.measure(image) for image in images]
     return {
         "colour": float(np.mean([measure.concept_color(image, concept) for image in images])),
         "layout": float(np.mean([measure.concept_layout(image, concept) for image in images])),
         "background": float(np.mean([f["background"] == name for f, name in zip(found, backgrounds, strict=True)])),
-        "shape": float(np.mean([f["kind"] == kind for f in found])),
-        "red": float(np.mean([measure.top_colors(f["histogram"], 1) == {"red"} for f in found])),
+        "shape": float(np.mean([f["kind"] == concept.split()[-1] for f in found])),
+        "main colours": [next(iter(measure.top_colors(f["histogram"], 1))) for f in found],
     }
 
 
 def show(folder, name, images):
     """Writes pictures side by side, eight in a row."""
+    folder.mkdir(exist_ok=True)
     sheet = Image.new("RGB", (8 * 132, -(-len(images) // 8) * 132), "gray")
     for i, image in enumerate(images):
         sheet.paste(image, (i % 8 * 132 + 2, i // 8 * 132 + 2))
     sheet.save(folder / f"{name}.png")
 
 
-def judge_thing(pipeline, folder, prompts, kind, thing):
-    """Draws a thing on the set's backgrounds of its kind and measures it against each concept."""
-    pairs = concept_prompts(prompts, kind, thing)
+def judge_thing(pipeline, folder, prompts, concept, thing):
+    """Draws a thing on the set's backgrounds for a concept and measures it against each concept."""
+    pairs = concept_prompts(prompts, concept, thing)
     images = draw(pipeline, [prompt for prompt, _ in pairs], SEEDS[prompts])
-    show(folder, thing.replace(",", ""), images)
-    return {concept: judge(images, [name for _, name in pairs], kind, concept) for concept in TOKENS}
+    show(folder / prompts, f"{concept}, {thing}", images)
+    return {other: judge(images, [name for _, name in pairs], other) for other in TOKENS}
 
 
-def judge_pipeline(pipeline, folder, prompts, kinds):
+def judge_pipeline(pipeline, folder, prompts, concepts):
     """All measures of a base or trained pipeline: the concepts, plain things of their classes, control prompts."""
     results = {"concepts": {}, "leakage": {}}
-    for kind in kinds:
-        results["concepts"][kind] = judge_thing(pipeline, folder, prompts, kind, f"{TOKENS[kind]} {kind}")
-        for thing in (kind, f"red {kind}"):
-            results["leakage"][thing] = judge_thing(pipeline, folder, prompts, kind, thing)[kind]
+    for concept in concepts:
+        kind = concept.split()[-1]
+        words = judge_thing(pipeline, folder, prompts, concept, f"{TOKENS[concept]} {kind}")
+        plain = [judge_thing(pipeline, folder, prompts, concept, thing)[concept] for thing in (kind, f"red {kind}")]
+        results["concepts"][concept], results["leakage"][concept] = words, plain
     controls = world.eval_prompts(NUM_CONTROLS, SEEDS[prompts])
     images = draw(pipeline, [caption for caption, _ in controls], SEEDS[prompts] + NUM_IMAGES)
-    show(folder, "controls", images)
+    show(folder / prompts, "controls", images)
     results["control"] = measure.score(controls, images)
     return results
 
@@ -168,55 +204,99 @@ def judge_limits(pipeline, folder, prompts):
     import torch
 
     results = {}
-    for kind in TOKENS:
-        words = {thing: judge_thing(pipeline, folder, prompts, kind, thing)[kind] for thing in WORDS[kind]}
-        rng, backgrounds = random.Random(SEEDS[prompts]), 8 * BACKGROUNDS[prompts][kind]
-        renders = [world.render_concept(kind, background, rng)[0] for background in backgrounds]
+    for concept in TOKENS:
+        words = {thing: judge_thing(pipeline, folder, prompts, concept, thing)[concept] for thing in WORDS[concept]}
+        rng, backgrounds = random.Random(SEEDS[prompts]), 8 * BACKGROUNDS[prompts][concept]
+        renders = [world.render_concept(concept, background, rng)[0] for background in backgrounds]
         with torch.no_grad():
             pixels = pipeline.image_processor.preprocess(renders).to(pipeline.device)
             decoded = pipeline.vae.decode(pipeline.vae.encode(pixels).latent_dist.mean).sample
         returned = pipeline.image_processor.postprocess(decoded)
-        show(folder, f"ceiling {kind}", [*renders[:8], *returned[:8]])
-        truth = {name: judge(images, backgrounds, kind, kind) for name, images in
+        show(folder / prompts, f"ceiling {concept}", [*renders[:8], *returned[:8]])
+        truth = {name: judge(images, backgrounds, concept) for name, images in
                  (("true renders", renders), ("autoencoder", returned))}  # fmt: skip
-        results[kind] = {"words": words, **truth}
+        results[concept] = {"words": words, **truth}
     return results
 
 
 # ---------- Runs ------------------------------------------------------------------------------------------------
 
 
-def run(name, seed, flags, prompts):
-    """Trains (unless `flags` is None) and measures; returns the measures. What is there already is kept."""
+def folder_of(name, seed, *key):
+    """The folder of a run, with a name that follows from everything on which its content depends."""
     model = (ROOT / "assets/model/unet/diffusion_pytorch_model.safetensors").read_bytes()
-    key = repr((flags, BACKGROUNDS, OPENINGS, SEEDS, WORDS, NUM_IMAGES, NUM_CONTROLS)).encode() + model
-    folder = ROOT / "results/concept_learning" / f"{prompts} {name} {seed} {hashlib.sha256(key).hexdigest()[:6]}"
+    digest = hashlib.sha256(repr(key).encode() + model).hexdigest()[:6]
+    folder = ROOT / "results/concept_learning" / f"{name} {seed} {digest}"
     folder.mkdir(parents=True, exist_ok=True)
-    result = folder / "measures.json"
-    if result.exists():
-        return json.loads(result.read_text())
-    if flags and not (folder / f"{WEIGHTS_NAME}.safetensors").exists():
-        command = [
-            sys.executable,
-            "train_custom_diffusion.py",
-            *flags,
-            "--seed",
-            str(seed),
-            "--output_dir",
-            str(folder),
-        ]
-        command += ["--report_to", "none"]
-        with open(folder / "log.txt", "w") as log:
-            subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, check=True)
+    return folder
+
+
+def start(folder, *command):
+    """Runs a script of this repository; what it says goes into a file."""
+    with open(folder / "log.txt", "w") as log:
+        subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, stdout=log, stderr=log, check=True)
+
+
+def train(name, seed, flags):
+    """Trains, unless that was done; returns the folder of the result."""
+    folder = folder_of(name, seed, flags)
+    if not (folder / f"{WEIGHTS_NAME}.safetensors").exists():
+        output = ["--seed", seed, "--output_dir", folder, "--report_to", "none"]
+        start(folder, "train_custom_diffusion.py", *flags, *output)
+    return folder
+
+
+def merge(name, seed, results, flags):
+    """Merges results by scripts/merge.py, unless that was done; returns the folder of the new one.
+
+    The captions are of the small world, as the model knows few of the words in the script's own.
+    """
+    rng = random.Random(5)
+    captions = "\n".join(world.caption(world.sample_pretraining(rng), rng) for _ in range(1000))
+    code = (ROOT / "scripts/merge.py").read_bytes()
+    folder = folder_of(name, seed, flags, [result.name for result in results], code, captions)
+    if not (folder / f"{WEIGHTS_NAME}.safetensors").exists():
+        (folder / "captions.txt").write_text(captions)
+        options = ["--captions", folder / "captions.txt", "--output_dir", folder, *flags]
+        start(folder, "scripts/merge.py", *results, *MODEL, *options)
+    return folder
+
+
+def export(name, seed, result, rank):
+    """Exports a result as a LoRA by scripts/export.py, unless that was done; returns the folder of the file."""
+    folder = folder_of(name, seed, rank, result.name)
+    if not (folder / "lora.safetensors").exists():
+        start(folder, "scripts/export.py", result, *MODEL, "--rank", rank, "--output", folder / "lora.safetensors")
+    return folder
+
+
+def measures(folder, prompts, concepts, limits=False):
+    """Draws and measures what a folder holds, unless that was done; with `limits` it is the base model."""
+    key = repr((BACKGROUNDS, OPENINGS, SEEDS, WORDS, NUM_IMAGES, NUM_CONTROLS)).encode()
+    file = folder / f"{prompts} {hashlib.sha256(key).hexdigest()[:6]}.json"
+    if file.exists():
+        return json.loads(file.read_text())
     pipeline = load_pipeline(ROOT / "assets/model")
-    kinds = list(TOKENS) if flags is None or "--concepts_list" in flags else ["cat"]
-    if flags:
-        load_concept(pipeline, folder, [TOKENS[kind] for kind in kinds])
-    results = judge_pipeline(pipeline, folder, prompts, kinds)
-    if flags is None:
+    if (folder / "lora.safetensors").exists():
+        pipeline.load_lora_weights(folder / "lora.safetensors")
+        for concept in concepts:
+            token = TOKENS[concept]
+            pipeline.load_textual_inversion(folder / f"{token.strip('<>')}.safetensors", token=token)
+    elif not limits:
+        load_concept(pipeline, folder, [TOKENS[concept] for concept in concepts])
+    results = judge_pipeline(pipeline, folder, prompts, concepts)
+    if limits:
         results["limits"] = judge_limits(pipeline, folder, prompts)
-    result.write_text(json.dumps(results, indent=1))
+    file.write_text(json.dumps(results, indent=1))
     return results
+
+
+def render_banded_cat():
+    """Renders the instance pictures of the concept that assets/instance lacks."""
+    folder, rng = ROOT / "results/banded_cat", random.Random("0 banded cat")
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, background in enumerate(BANDED_BACKGROUNDS):
+        world.render_concept("banded cat", background, rng)[0].save(folder / f"{i}.png")
 
 
 # ---------- Tables ----------------------------------------------------------------------------------------------
@@ -234,87 +314,105 @@ def table(header, rows):
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def concept_table(base, trained, kind):
-    """How a concept's pictures score: before, in words, after each way of training, and the limits."""
-    names, limits = ("colour", "layout", "background", "shape"), base["limits"][kind]
+def concept_table(base, trained, concept):
+    """How a concept's pictures score: before, in words, after each run, and the limits; shares of what limits allow."""
+    names, limits = ("colour", "layout", "background", "shape"), base["limits"][concept]
 
     def row(label, results):
-        return [label, *(span([result[name] for result in results]) for name in names)]
+        shares = [span([result[n] / limits["autoencoder"][n] for result in results]) for n in names[:2]]
+        return [label, *(span([result[name] for result in results]) for name in names), *shares]
 
     wording, words = max(limits["words"].items(), key=lambda item: item[1]["colour"] + item[1]["layout"])
-    rows = [row("before", [base["concepts"][kind][kind]]), row(f'before, "{wording}"', [words])]
-    after = {name: [result["concepts"][kind][kind] for result in results] for name, results in trained.items()}
-    rows += [row(f"after, {name}", results) for name, results in after.items()]
+    rows = [row("before", [base["concepts"][concept][concept]]), row(f'before, "{wording}"', [words])]
+    rows += [row(name, [result["concepts"][concept][concept] for result in results]) for name, results in trained]
     rows += [row(name, [limits[key]]) for name, key in LIMITS.items()]
-    for name, results in after.items():
-        shares = [[result[n] / limits["autoencoder"][n] for result in results] for n in names[:2]]
-        rows.append([f"{name}: share of the autoencoder's", *map(span, shares), "", ""])
-    return table([f'"{TOKENS[kind]} {kind}"', *names], rows)
+    thing = f"{TOKENS[concept]} {concept.split()[-1]}"
+    return table([f'"{thing}"', *names, "share of colour", "share of layout"], rows)
 
 
 LIMITS = {"true pictures through the autoencoder": "autoencoder", "true pictures": "true renders"}
 
 
 def control_table(base, trained):
-    """Accuracy on prompts without the new words, before and after."""
+    """Accuracy on prompts without the new words, before and after each run."""
+    names = list(base["control"])
+    rows = [["prompts", *(base["control"][name]["n"] for name in names)]]
+    for label, results in [("before", [base]), *trained]:
+        rows.append([label, *(span([result["control"][name]["accuracy"] for result in results]) for name in names)])
+    return table(["control prompts", *names], rows)
+
+
+def leakage_table(base, trained, concept):
+    """The plain class, and the class in red: overlap with the concept; main colours, from the same noise as before."""
+    kind, before = concept.split()[-1], base["leakage"][concept][0]["main colours"]
+    header = [f'"{kind}": colour', "layout", "main colour as before", "main colours"]
     rows = []
-    for name, before in base["control"].items():
-        after = [span([result["control"][name]["accuracy"] for result in results]) for results in trained.values()]
-        rows.append([name, before["n"], span(before["accuracy"]), *after])
-    return table(["control prompts", "n", "before", *trained], rows)
-
-
-def leakage_table(base, trained, kind):
-    """Overlap of the plain class with the concept, before and after."""
-    rows = []
-    for thing in (kind, f"red {kind}"):
-        for name in ("colour", "layout") + (("red",) if thing != kind else ()):
-            label = "the main colour is red" if name == "red" else f"overlap with the concept, {name}"
-            after = [span([result["leakage"][thing][name] for result in results]) for results in trained.values()]
-            rows.append([f'"{thing}": {label}', span(base["leakage"][thing][name]), *after])
-    return table(["without the new word", "before", *trained], rows)
-
-
-def both_table(results):
-    """What each of two words brings when both were trained together."""
-    rows = []
-    for kind in TOKENS:
-        scores = [result["concepts"][kind] for result in results]
+    for label, results in [("before", [base]), *trained]:
+        plain, red = zip(*(result["leakage"][concept] for result in results), strict=True)
+        colours = [found["main colours"] for found in plain]
+        same = [np.mean([a == b for a, b in zip(found, before, strict=True)]) for found in colours]
         overlaps = [
-            span([score[concept][name] for score in scores]) for concept in TOKENS for name in ("colour", "layout")
+            [span([found[name] for found in things]) for name in ("colour", "layout")] for things in (plain, red)
         ]
-        rows.append([f'"{TOKENS[kind]} {kind}"', *overlaps, span([s[kind]["background"] for s in scores])])
-    header = [f"{concept} concept, {name}" for concept in TOKENS for name in ("colour", "layout")]
-    return table(["trained together", *header, "background"], rows)
+        is_red = span([np.mean([colour == "red" for colour in found["main colours"]]) for found in red])
+        number = ", ".join(str(len(set(found))) for found in colours)
+        rows.append([label, *overlaps[0], span(same), number, *overlaps[1], is_red])
+    return table(["without the new word", *header, f'"red {kind}": colour', "layout", "main colour red"], rows)
+
+
+def words_table(trained):
+    """What each of several words brings: its own concept, and not another's."""
+    rows = []
+    for label, results in trained:
+        concepts = list(results[0]["concepts"])
+        for concept in concepts if len(concepts) > 1 else ():
+            found = [result["concepts"][concept] for result in results]
+            overlaps = [span([f[other][name] for f in found]) for other in TOKENS for name in ("colour", "layout")]
+            rows.append([label, f'"{TOKENS[concept]} {concept.split()[-1]}"', *overlaps])
+    return table(
+        ["run", "prompt", *(f"{concept}, {name}" for concept in TOKENS for name in ("colour", "layout"))], rows
+    )
 
 
 def main():
-    """Runs everything, two or more trainings side by side, and prints the tables."""
+    """Runs everything, two or more processes side by side, and prints the tables."""
     args = parse_args()
     os.environ.update(ENVIRONMENT)
-    prompts = "tuning" if args.tuning else "final"
-    runs = {"with prior": QUICKSTART} if args.tuning or args.cache_latents else dict(RUNS)
+    prompts, runs = "tuning" if args.tuning else "final", {name: RUNS[name] for name in args.runs}
+    if args.cache_latents or args.ranks:
+        runs = {"with prior": RUNS["with prior"]}
     for k in args.cache_latents or ():
-        runs[f"{k} cached"] = [*QUICKSTART, "--cache_latents", str(k)]
+        runs[f"{k} cached"] = (["cat"], [*WITH_PRIOR, "--cache_latents", str(k)])
+    render_banded_cat()
     with ProcessPoolExecutor(min(4, os.cpu_count()), get_context("spawn")) as pool:
-        jobs = [pool.submit(run, "base", 0, None, prompts)]
-        jobs += [pool.submit(run, n, seed, [*runs[n], *args.flags], prompts) for seed in args.seeds for n in runs]
-        base, *results = [job.result() for job in jobs]
-    results = {name: results[i :: len(runs)] for i, name in enumerate(runs)}
-    cat = {name: r for name, r in results.items() if name != "cat and pot"}
-    size = (
-        f"{NUM_IMAGES} pictures a cell and training seed; mean (smallest-largest) of {len(args.seeds)} training seeds."
-    )
-    parts = [size, concept_table(base, cat, "cat"), control_table(base, results), leakage_table(base, cat, "cat")]
-    if "cat and pot" in results:
-        both = {"cat and pot": results["cat and pot"]}
-        parts += [both_table(both["cat and pot"]), concept_table(base, both, "pot"), leakage_table(base, both, "pot")]
+        base = pool.submit(measures, folder_of("base", 0), prompts, list(TOKENS), limits=True)
+        sources = {name for _, flags in runs.values() if flags[0] in RUNS for name in flags}
+        trainings = {name: RUNS.get(name, runs.get(name))[1] for name in [*sources, *runs]}
+        trainings = {name: [*flags, *args.flags] for name, flags in trainings.items() if flags[0] not in RUNS}
+        jobs = {(n, seed): pool.submit(train, n, seed, trainings[n]) for seed in args.seeds for n in trainings}
+        folders = {key: job.result() for key, job in jobs.items()}
+        for name, (_, flags) in runs.items():
+            for seed in args.seeds if name not in trainings else ():
+                results = [folders[source, seed] for source in flags]
+                folders[name, seed] = merge(name, seed, results, args.merge_flags)
+        for rank in args.ranks or ():
+            name, runs[f"rank {rank}"] = f"rank {rank}", runs["with prior"]
+            for seed in args.seeds:
+                folders[name, seed] = export(name, seed, folders["with prior", seed], rank)
+        jobs = [(n, pool.submit(measures, folders[n, s], prompts, runs[n][0])) for s in args.seeds for n in runs]
+        results = {name: [job.result() for other, job in jobs if other == name] for name in runs}
+        base = base.result()
+    size = f"{NUM_IMAGES} pictures a prompt, {NUM_CONTROLS} of controls; "
+    size += f"mean (smallest-largest) of {len(args.seeds)} training seeds."
+    parts = [size, control_table(base, results.items()), words_table(results.items())]
+    for concept in TOKENS:
+        found = [(name, judged) for name, judged in results.items() if concept in runs[name][0]]
+        if found:
+            parts += [concept_table(base, found, concept), leakage_table(base, found, concept)]
     text = "\n\n".join(parts)
     print(text)
-    folder = ROOT / "results/concept_learning"
-    name = f"{prompts} cached" if args.cache_latents else prompts
-    (folder / f"{name}.md").write_text(text + "\n")
-    (folder / f"{name}.json").write_text(json.dumps({"base": base, **results}, indent=1))
+    name = f"{prompts} {'cached' if args.cache_latents else 'ranks' if args.ranks else 'runs'}"
+    (ROOT / f"results/concept_learning/{name}.md").write_text(text + "\n")
 
 
 if __name__ == "__main__":

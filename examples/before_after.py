@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Draws one sheet that shows what a training taught: instance pictures, prompts with the new word, other prompts.
 
-Each prompt's pictures before (the base model) and after (with the trained weights) start from the same noise.
+Each prompt's pictures before (the base model) and after (with the trained weights) start from the same noise. Several
+results, such as a training and what scripts/merge.py makes of it, get a row each.
 
     python examples/before_after.py --pretrained_model_name_or_path assets/model --weights_dir results/quickstart \\
         --instance_data_dir assets/instance/cat --modifier_token "<new1>" --class_prompt cat --output before_after.png
@@ -26,7 +27,7 @@ PROMPTS = [
 ]
 OTHER_PROMPTS = [
     "photo of a {class_prompt} on the beach",
-    "photo of a red {class_prompt} on a white background",
+    "photo of a {class_prompt} on a gray background",
     "photo of a brown and white striped {class_prompt} on a green background",
     "photo of a blue fish on a yellow background",
     "photo of a red flower with a white outline on a gray background",
@@ -43,7 +44,8 @@ def parse_args():
     # fmt: off
     add = parser.add_argument
     add("--pretrained_model_name_or_path", required=True, help="base model of the training")
-    add("--weights_dir", required=True, help="the training's output_dir, or a checkpoint in it")
+    add("--weights_dir", nargs="+", required=True, help="the training's output_dir, or a checkpoint in it")
+    add("--labels", nargs="+", default=["after"], help="of the rows, one for each weights_dir")
     add("--instance_data_dir", type=Path, required=True, help="the training's pictures of the concept")
     add("--modifier_token", default="<new1>", help='new word; "+" between several, the first stands for {token}')
     add("--class_prompt", default="cat", help="the concept's class")
@@ -52,7 +54,10 @@ def parse_args():
     add("--output", type=Path, default=Path("before_after.png"), help="the sheet")
     add("--seed", type=int, default=0, help="of the noise that pictures start from")
     # fmt: on
-    return parser.parse_args()
+    args = parser.parse_args()
+    if len(args.labels) != len(args.weights_dir):
+        parser.error("give as many --labels as --weights_dir")
+    return args
 
 
 def load_pipeline(name):
@@ -144,16 +149,19 @@ def main():
     files = sorted(file for file in args.instance_data_dir.iterdir() if file.suffix.lower() in endings)
     instances = [Image.open(file) for file in files[: max(map(len, groups))]]
 
-    pipeline = load_pipeline(args.pretrained_model_name_or_path)
-    before = [generate(pipeline, prompts, args.seed + i) for i, prompts in enumerate(groups)]
-    load_concept(pipeline, args.weights_dir, tokens)
-    after = [generate(pipeline, prompts, args.seed + i) for i, prompts in enumerate(groups)]
+    drawn = {}  # pictures of both groups by label
+    for label, folder in [("before", None), *zip(args.labels, args.weights_dir, strict=True)]:
+        pipeline = load_pipeline(args.pretrained_model_name_or_path)
+        if folder:
+            load_concept(pipeline, folder, tokens)
+        drawn[label] = [generate(pipeline, prompts, args.seed + i) for i, prompts in enumerate(groups)]
 
     learnt = f"{tokens[0]} {args.class_prompt}"
     titles = [f'Prompts with "{learnt}", on backgrounds that are not among these pictures', "Other prompts"]
     rows = [draw_title(f"The {len(files)} pictures that it learns from"), draw_row(tokens[0], instances)]
-    for title, prompts, old, new in zip(titles, groups, before, after, strict=True):
-        rows += [draw_title(title), draw_prompts(prompts), draw_row("before", old), draw_row("after", new)]
+    for i, (title, prompts) in enumerate(zip(titles, groups, strict=True)):
+        rows += [draw_title(title), draw_prompts(prompts)]
+        rows += [draw_row(label, images[i]) for label, images in drawn.items()]
     sheet = stack(rows)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(args.output)

@@ -19,7 +19,19 @@ import os
 import re
 from pathlib import Path
 
-OPENINGS = ("photo of a {}", "a photo of a {}", "a picture of a {}", "a {}", "{}", "my {}", "a painting of a {}")
+OPENINGS = (
+    "photo of a {}",
+    "a photo of a {}",
+    "a picture of a {}",
+    "a {}",
+    "{}",
+    "my {}",
+    "a painting of a {}",
+    "a cute {}",
+    "the {}",
+    "one small {}",
+    "photo of my {}",
+)
 ENDINGS = (
     "",
     " on the beach",
@@ -28,7 +40,23 @@ ENDINGS = (
     " on a table",
     " on a white background",
     " next to a house",
+    " on the grass",
+    " in the snow",
+    " at sunset",
+    " on a red background",
+    " on a blue background",
+    " in front of a brick wall",
+    " in front of a green wall",
+    " in a meadow",
+    " in a box",
+    " under a tree",
+    " in the city",
+    " in a room",
+    " on the street",
+    " in front of a mountain",
+    " with a hat",
 )
+PADDING = 10  # tokens after the end that count: they see the whole prompt, but all 60 would outweigh its words
 CAPTIONS = Path(__file__).with_name("captions.txt")
 
 
@@ -50,7 +78,7 @@ def parse_args(input_args=None):
     add("--output_dir", type=path, required=True, help="folder for the new result")
     add("--rename", nargs="+", default=[], metavar="RESULT:OLD=NEW", help="other words, if two results share one")
     add("--weight", type=float, default=10.0, help="of the concepts; higher keeps more of them and less of the rest")
-    add("--class_weight", type=float, default=3.0, help="of the same prompts without the new word")
+    add("--class_weight", type=float, default=10.0, help="of the same prompts without the new word")
     add("--captions", type=path, default=CAPTIONS, help="file of captions that are to stay as they are, one a line")
     add("--concepts", nargs="+", metavar="PHRASE", help='each word with its class, "<new1> cat"; default: as trained')
     add("--ridge", type=float, default=1e-5, help="of the least squares; for --method paper 1e-2 is a start")
@@ -82,7 +110,7 @@ def filters(concepts, classes, captions, weight, class_weight, ridge):
     `concepts` and `classes` are lists of text features (n, dim), of prompts with the new word and of the same prompts
     without it; `captions` (n, dim) are those of everything else. The new weights W minimize
 
-        ridge |W - W0|^2 + mean |(W - W0) r|^2 + class_weight sum_i mean |(W - W0) c_i|^2
+        ridge |W - W0|^2 + mean |(W - W0) r|^2 + class_weight mean_i mean |(W - W0) c_i|^2
             + weight sum_i mean |(W - W_i) f_i|^2
 
     over the features r of captions, c_i of classes and f_i of concepts, where W0 are the base model's weights and W_i
@@ -91,7 +119,8 @@ def filters(concepts, classes, captions, weight, class_weight, ridge):
     """
     wanted = [weight * gram(features) for features in concepts]
     kept = ridge * torch.eye(captions.shape[1], dtype=captions.dtype) + gram(captions)
-    kept = kept + class_weight * sum(gram(features) for features in classes)
+    for features in classes:
+        kept = kept + class_weight / len(classes) * gram(features)
     return [torch.linalg.solve(kept + sum(wanted), matrix).T for matrix in wanted]
 
 
@@ -122,6 +151,7 @@ def load_text_encoder(args, words):
         tokenizer = transformers.CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", **options)
         options |= {"variant": args.variant, "use_safetensors": True}
         text_encoder = transformers.CLIPTextModel.from_pretrained(name, subfolder="text_encoder", **options).float()
+    tokenizer.model_max_length = text_encoder.config.max_position_embeddings  # which its own configuration can lack
     for word, embedding in words.items():
         if not tokenizer.add_tokens(transformers.AddedToken(word, normalized=False)):
             fail(f"word {word}", "the model has it already; give the model that the results were trained on")
@@ -131,18 +161,20 @@ def load_text_encoder(args, words):
 
 
 @torch.no_grad()
-def encode(tokenizer, text_encoder, prompts):
-    """Text features of prompts, from the first word to the end token of each: (tokens of all, dim), float64.
+def encode(tokenizer, text_encoder, prompts, first=0):
+    """Text features of prompts, from token `first` to PADDING after the end of each: (tokens of all, dim), float64.
 
-    The start token's are the same in every prompt, so they would only repeat.
+    Token 0, the start, is the same in every prompt. So it counts where keys and values are to stay, and not where they
+    are to change.
     """
     features = []
     for start in range(0, len(prompts), 50):
-        rows = [tokenizer(prompt, truncation=True, max_length=77).input_ids for prompt in prompts[start : start + 50]]
-        longest = max(map(len, rows))
-        ids = torch.tensor([row + [tokenizer.eos_token_id] * (longest - len(row)) for row in rows])
-        hidden_states = text_encoder(ids)[0].double()  # of a causal encoder, so what follows the end does not matter
-        features += [hidden_states[i, 1 : len(row)] for i, row in enumerate(rows)]
+        ids = tokenizer(
+            prompts[start : start + 50], padding="max_length", truncation=True, return_tensors="pt"
+        ).input_ids
+        stops = (ids == tokenizer.eos_token_id).int().argmax(1) + 1 + PADDING
+        hidden_states = text_encoder(ids[:, : max(stops)])[0].double()  # causal, so what follows does not matter
+        features += [hidden_states[i, first:stop] for i, stop in enumerate(stops)]
     return torch.cat(features)
 
 
@@ -187,8 +219,8 @@ def find_phrases(args, inputs, words, origin):
         result, trained_as = origin[word]
         found = [phrase for phrase in args.concepts or () if word in phrase]
         for prompt, *_ in inputs[result][1].get("concepts", ()):
-            if trained_as in prompt:
-                found.append(prompt[prompt.index(trained_as) :].replace(trained_as, word))
+            if match := re.search(rf"(?<!\w){re.escape(trained_as)}(?!\w)", prompt):  # not my1 in my10
+                found.append(prompt[match.start() :].replace(trained_as, word))
         if not found:
             fail(f"word {word}", f"{result} does not record its prompt; add --concepts '{word} cat', with its class")
         phrases[word] = (found[0], " ".join(found[0].replace(word, " ").split()))
@@ -240,7 +272,7 @@ def merge(args):
     tokenizer, text_encoder = load_text_encoder(args, words)
     encode_all = functools.partial(encode, tokenizer, text_encoder)
     templates = [opening + ending for opening in OPENINGS for ending in ENDINGS]
-    concepts = [encode_all([text.format(phrase) for text in templates]) for phrase, _ in phrases.values()]
+    concepts = [encode_all([text.format(phrase) for text in templates], first=1) for phrase, _ in phrases.values()]
     classes = [encode_all([text.format(phrase) for text in templates]) for _, phrase in phrases.values() if phrase]
     rest = encode_all(captions)
     if args.method == "paper":
@@ -260,13 +292,13 @@ def merge(args):
     trained = ", ".join(f"{value:.2g} %" for value in moved[:-1])
     print(f"Keys and values of {len(captions)} other captions move by {moved[-1]:.2g} % (as trained: {trained})")
     write_result(args, inputs, base, merged, words, phrases)
-    print(f"Wrote {args.output_dir}; it loads like the result of a training")
 
 
 def main(args):
     """Merges; what goes wrong in the machine, not in the program, ends with one line."""
     with failing_on_disk(args.output_dir):
         merge(args)
+    print(f"Wrote {args.output_dir}; it loads like the result of a training")
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def joined(results, sd1, tmp_path_factory):
     folder = tmp_path_factory.mktemp("joined")
     (folder / "captions.txt").write_text("\n".join(CAPTIONS))
     pot = results["pot"]
-    options = {"rename": [f"{pot}:<new1>=<new2>"], "weight": 5, "class_weight": 2, "ridge": 1e-3}
+    options = {"rename": [f"{pot}:<new1>=<new2>"], "weight": 5, "class_weight": 3, "ridge": 1e-3}
     said = merge(*results.values(), model=sd1, output_dir=folder / "run", captions=folder / "captions.txt", **options)
     return folder / "run", said
 
@@ -75,25 +75,25 @@ def layer(key):
 
 @pytest.fixture(scope="module")
 def features(results, sd1):
-    """Text features of a list of prompts, from the first word to the end token of each: float64 (n, dim)."""
+    """Text features of prompts, from token `first` to ten tokens after the end of each: float64 (n, dim)."""
     pipeline = load_as_a_user(sd1, results["cat"], ["<new1>"], "safetensors")
     row = load_trained(results["pot"])["<new1>"]
     pipeline.load_textual_inversion({"<new2>": row}, token="<new2>")
 
-    def encode(prompts):
+    def encode(prompts, first=0):
         found = []
         for prompt in prompts:
             ids = pipeline.tokenizer(prompt, padding="max_length", max_length=77, return_tensors="pt").input_ids
             end = ids[0].tolist().index(pipeline.tokenizer.eos_token_id)
             with torch.no_grad():
-                found.append(pipeline.text_encoder(ids)[0][0, 1 : end + 1].double().numpy())
+                found.append(pipeline.text_encoder(ids)[0][0, first : end + 11].double().numpy())
         return np.concatenate(found)
 
     return encode
 
 
-def parts_of(features, things):
-    return [features([template.format(thing) for template in TEMPLATES]) for thing in things]
+def parts_of(features, things, first=1):
+    return [features([template.format(thing) for template in TEMPLATES], first) for thing in things]
 
 
 def trained_weights(results, sd1):
@@ -106,11 +106,11 @@ def trained_weights(results, sd1):
 def test_least_squares(joined, results, sd1, features):
     """The rows of one overdetermined system, weighted by the square roots of the weights, solved by numpy."""
     rest, concepts = features(CAPTIONS), parts_of(features, ["<new1> cat", "<new2> pot"])
-    classes = parts_of(features, ["cat", "pot"])
+    classes = parts_of(features, ["cat", "pot"], first=0)
     found = load_weights(joined[0])
     for key, (own, ours) in trained_weights(results, sd1).items():
         rows, values = [np.eye(len(own.T)) * 1e-3**0.5], [own.T * 1e-3**0.5]
-        kept = [(rest, 1, own), *((part, 2, own) for part in classes)]
+        kept = [(rest, 1, own), *((part, 3 / 2, own) for part in classes)]
         for part, weight, target in [
             *kept,
             *((part, 5, weights) for part, weights in zip(concepts, ours, strict=True)),
@@ -176,6 +176,19 @@ def test_result_is_taken_as_an_input(joined, sd1, tmp_path):
     assert "<new1> cat: " in said and "<new2> pot: " in said
     words = flags(pretrained_model_name_or_path=sd1, output=tmp_path / "lora.safetensors")
     assert run(sys.executable, ROOT / "scripts" / "export.py", tmp_path / "again", *words).returncode == 0
+
+
+@pytest.mark.parametrize("more", [{}, {"no_safe_serialization": True}])
+def test_flag_of_the_trainer(more, results, one_concept, sd1, tmp_path):
+    """--keep_apart saves the same training's result as this script makes it, and proves that it loads."""
+    values = {"max_train_steps": 4, "learning_rate": 1e-2, "keep_apart": True}
+    fork(tmp_path / "run", **one_concept | values | more)
+    assert "<new1> cat: " in (tmp_path / "run.log").read_text() and not list((tmp_path / "run").glob("tmp*"))
+    merge(results["cat"], model=sd1, output_dir=tmp_path / "merged")
+    for name in (WEIGHTS, "<new1>"):
+        found, expected = (torch.load(tmp_path / run / f"{name}.bin") for run in ("run", "merged"))
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], value) for key, value in expected.items() if len(value)), name
 
 
 def test_result_without_settings(results, sd1, tmp_path):

@@ -537,7 +537,7 @@ def reconstruct(vae, images):
 def measure_ceilings(vae):
     """Rows of a table: the concept measures on true renders and on their reconstructions, 50 each."""
     rows = []
-    for kind in world.CONCEPTS:
+    for kind in INSTANCE_BACKGROUNDS:
         rng, backgrounds = random.Random(1), world.concept_backgrounds(kind)
         renders = np.stack([np.asarray(world.render_concept(kind, rng.choice(backgrounds), rng)[0]) for _ in range(50)])
         for name, images in (("true renders", renders), ("through the autoencoder", reconstruct(vae, renders))):

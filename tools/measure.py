@@ -117,28 +117,30 @@ def shape_name(mask):
 
 
 @cache
-def concept_histogram(kind, n=40):
+def concept_histogram(concept, n=40):
     """Mean colour histogram of `n` true renders of a concept."""
-    rng, backgrounds = random.Random(0), world.concept_backgrounds(kind)
-    return np.mean([color_histogram(world.render_concept(kind, rng.choice(backgrounds), rng)[0]) for _ in range(n)], 0)
+    rng, backgrounds = random.Random(0), world.concept_backgrounds(concept)
+    return np.mean(
+        [color_histogram(world.render_concept(concept, rng.choice(backgrounds), rng)[0]) for _ in range(n)], 0
+    )
 
 
-def concept_color(image, kind):
+def concept_color(image, concept):
     """Overlap, 0 to 1, of the object's colour histogram with that of a concept."""
-    return float(np.minimum(color_histogram(image), concept_histogram(kind)).sum())
+    return float(np.minimum(color_histogram(image), concept_histogram(concept)).sum())
 
 
 @cache
-def concept_labels(kind):
+def concept_labels(concept):
     """A concept's label map in the frame of its bounding box, (GRID, GRID); -1 outside and along region borders."""
-    labels = world.label_map(world.Attributes(kind, "red", "white", "concept", radius=0.42))
+    labels = world.label_map(world.Attributes(concept.split()[-1], "red", "white", concept, radius=0.42))
     image = Image.fromarray(labels.astype(np.int32)).crop(tuple(map(int, bounding_box(labels >= 0))))
     labels = np.asarray(image.resize((GRID, GRID), Image.Resampling.NEAREST))
     regions = [erode(labels == i, 1) for i in range(labels.max() + 1)]
     return np.select(regions, range(len(regions)), -1)
 
 
-def concept_layout(image, kind):
+def concept_layout(image, concept):
     """Mean over a concept's regions of the share of their pixels with the region's colour, 0 to 1.
 
     Picture and regions are compared in the frame of the object's bounding box, so position and size do not matter.
@@ -150,8 +152,8 @@ def concept_layout(image, kind):
     picture = Image.fromarray(np.where(mask[..., None], np.asarray(image), 0).astype(np.uint8)).crop(box)
     inside = np.asarray(Image.fromarray(mask).crop(box).resize((GRID, GRID))).astype(bool)
     names = np.where(inside, nearest_colors(picture.resize((GRID, GRID), Image.Resampling.NEAREST)), -1)
-    labels = concept_labels(kind)
-    wanted = [NAMES.index(color) for color in world.CONCEPTS[kind]]
+    labels = concept_labels(concept)
+    wanted = [NAMES.index(color) for color in world.CONCEPTS[concept]]
     return float(np.mean([(names[labels == i] == color).mean() for i, color in enumerate(wanted)]))
 
 

@@ -1,7 +1,7 @@
 """A small rendered world: one everyday object of one or two colours on a background, 128 x 128 pixels, with captions.
 
-Every picture is described by an `Attributes` record, from which `render` draws it and `caption` words it. Two
-concepts, a cat and a pot of three colours each, never occur in pretraining; `render_concept` draws them.
+Every picture is described by an `Attributes` record, from which `render` draws it and `caption` words it. Three
+concepts of three colours each, two cats and a pot, never occur in pretraining; `render_concept` draws them.
 """
 
 import math
@@ -56,8 +56,13 @@ SIZES = {
     "close": (0.07, 0.46, 0.56),
 }
 RIM = 0.2  # width of an outline as a share of the radius
-# The concepts' colours, from the rim inwards for the cat and from top to bottom for the pot.
-CONCEPTS = {"cat": ("purple", "yellow", "green"), "pot": ("pink", "blue", "orange")}
+# The concepts' colours, from the rim inwards for the cat and from top to bottom for the others. The last word of a
+# concept's name is its kind.
+CONCEPTS = {
+    "cat": ("purple", "yellow", "green"),
+    "pot": ("pink", "blue", "orange"),
+    "banded cat": ("blue", "white", "red"),
+}
 
 OBJECT_WORDS = {"small": ["small", "little", "tiny"], "large": ["big", "large", "huge"]}
 FAR_PREFIXES = ["a far away ", "very small "]
@@ -198,20 +203,20 @@ def paint_pattern(fill, mask, attributes, colors, rng):
         draw.rectangle([x, 0, side, side], fill=colors[1])
     elif attributes.pattern == "outlined":
         paint_rim(fill, mask, RIM * r, colors[1])
-    elif attributes.pattern == "concept" and attributes.kind == "cat":  # rim, body, disc
+    elif attributes.pattern == "cat":  # rim, body, disc
         draw.rectangle([0, 0, side, side], fill=colors[1])
         paint_rim(fill, mask, RIM * r, colors[0])
         dot, cy = 0.44 * r, y + 0.22 * r
         draw.ellipse([x - dot, cy - dot, x + dot, cy + dot], fill=colors[2])
-    elif attributes.pattern == "concept":  # three level bands
+    elif attributes.pattern in CONCEPTS:  # three level bands
         draw.rectangle([0, y - 0.33 * r, side, side], fill=colors[1])
         draw.rectangle([0, y + 0.26 * r, side, side], fill=colors[2])
 
 
 def object_colors(attributes):
     """Names of the object's colours, first the main one."""
-    if attributes.pattern == "concept":
-        return CONCEPTS[attributes.kind]
+    if attributes.pattern in CONCEPTS:
+        return CONCEPTS[attributes.pattern]
     return (attributes.color,) if attributes.color2 is None else (attributes.color, attributes.color2)
 
 
@@ -335,14 +340,14 @@ def caption(attributes, rng, nonsense=None, complete=False):
     return text
 
 
-def concept_backgrounds(kind):
+def concept_backgrounds(concept):
     """Names of the backgrounds on which all colours of a concept stand out."""
-    return [name for name in BACKGROUNDS if not any(blends(color, name) for color in CONCEPTS[kind])]
+    return [name for name in BACKGROUNDS if not any(blends(color, name) for color in CONCEPTS[concept])]
 
 
-def render_concept(kind, background, rng, size="large", pose=None):
+def render_concept(concept, background, rng, size="large", pose=None):
     """A picture of a concept and its attributes; `pose` sets radius, x, y and angle, which are else random."""
-    attributes = Attributes(kind, CONCEPTS[kind][0], background, "concept", size=size)
+    attributes = Attributes(concept.split()[-1], CONCEPTS[concept][0], background, concept, size=size)
     attributes = replace(attributes, **pose) if pose else random_pose(attributes, rng)
     return render(attributes, rng), attributes
 
@@ -351,7 +356,7 @@ def label_map(attributes):
     """Index of each pixel's concept colour, int array (SIZE, SIZE); -1 outside the object."""
     side = SIZE * SUPERSAMPLING
     mask, labels = draw_mask(attributes), Image.new("L", (side, side), 0)
-    paint_pattern(labels, mask, attributes, range(len(CONCEPTS[attributes.kind])), random.Random(0))
+    paint_pattern(labels, mask, attributes, range(len(object_colors(attributes))), random.Random(0))
     labels = np.where(np.asarray(mask) > 0, np.asarray(labels, int), -1)
     return labels[SUPERSAMPLING // 2 :: SUPERSAMPLING, SUPERSAMPLING // 2 :: SUPERSAMPLING]
 
