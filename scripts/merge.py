@@ -81,7 +81,7 @@ def parse_args(input_args=None):
     add("--class_weight", type=float, default=10.0, help="of the same prompts without the new word")
     add("--captions", type=path, default=CAPTIONS, help="file of captions that are to stay as they are, one a line")
     add("--concepts", nargs="+", metavar="PHRASE", help='each word with its class, "<new1> cat"; default: as trained')
-    add("--ridge", type=float, default=1e-5, help="of the least squares; for --method paper 1e-2 is a start")
+    add("--ridge", type=float, default=1e-2, help="keeps the weights small where no prompt says what they should be")
     add("--method", choices=("least_squares", "paper"), default="least_squares",
         help="paper: the concepts are kept exactly, whatever that costs the rest")
     # fmt: on
@@ -110,15 +110,16 @@ def filters(concepts, classes, captions, weight, class_weight, ridge):
     `concepts` and `classes` are lists of text features (n, dim), of prompts with the new word and of the same prompts
     without it; `captions` (n, dim) are those of everything else. The new weights W minimize
 
-        ridge |W - W0|^2 + mean |(W - W0) r|^2 + class_weight mean_i mean |(W - W0) c_i|^2
+        ridge s |W - W0|^2 + mean |(W - W0) r|^2 + class_weight mean_i mean |(W - W0) c_i|^2
             + weight sum_i mean |(W - W_i) f_i|^2
 
-    over the features r of captions, c_i of classes and f_i of concepts, where W0 are the base model's weights and W_i
-    those trained for concept i. The minimum is W = W0 + sum_i (W_i - W0) M_i with M_i = weight G_i A^-1, where G_i is
-    the mean of f_i^T f_i and A the sum of all four terms' means: the same matrices for every layer.
+    over the features r of captions, c_i of classes and f_i of concepts, where W0 are the base model's weights, W_i
+    those trained for concept i, and s the mean square of a number in r. The minimum is W = W0 + sum_i (W_i - W0) M_i
+    with M_i = weight G_i A^-1, where G_i is the mean of f_i^T f_i and A the sum of all four terms' means: the same
+    matrices for every layer.
     """
     wanted = [weight * gram(features) for features in concepts]
-    kept = ridge * torch.eye(captions.shape[1], dtype=captions.dtype) + gram(captions)
+    kept = gram(captions) + ridge * captions.square().mean() * torch.eye(captions.shape[1], dtype=captions.dtype)
     for features in classes:
         kept = kept + class_weight / len(classes) * gram(features)
     return [torch.linalg.solve(kept + sum(wanted), matrix).T for matrix in wanted]

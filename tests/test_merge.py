@@ -109,7 +109,8 @@ def test_least_squares(joined, results, sd1, features):
     classes = parts_of(features, ["cat", "pot"], first=0)
     found = load_weights(joined[0])
     for key, (own, ours) in trained_weights(results, sd1).items():
-        rows, values = [np.eye(len(own.T)) * 1e-3**0.5], [own.T * 1e-3**0.5]
+        ridge = (1e-3 * np.square(rest).mean()) ** 0.5
+        rows, values = [np.eye(len(own.T)) * ridge], [own.T * ridge]
         kept = [(rest, 1, own), *((part, 3 / 2, own) for part in classes)]
         for part, weight, target in [
             *kept,
