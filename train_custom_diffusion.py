@@ -233,12 +233,13 @@ with failing_as("packages", INSTALL):  # one that is broken, torchvision for exa
     import torch
     import transformers
     from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, InitProcessGroupKwargs
-    from diffusers import DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, StableDiffusionPipeline
+    from diffusers import DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
     from diffusers.models import attention_processor
     from diffusers.optimization import get_scheduler
     from diffusers.utils import make_image_grid
     from huggingface_hub import ModelCardData, create_repo, upload_folder
     from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
+    from safetensors.torch import load_file
     from safetensors.torch import save as serialize
     from torch import nn
     from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -346,7 +347,10 @@ def find_images(folder, name):
 
 
 def load_picture(file, least=math.inf):
-    """Decodes a picture to upright RGB: sRGB, 8 bits, alpha on white, reduced as far as its shorter side allows."""
+    """Decodes a picture to upright RGB: sRGB, 8 bits, alpha on white, reduced as far as its shorter side allows.
+
+    Returns it with its size in the file, (width, height).
+    """
     with Image.open(file) as image:
         image, profile = ImageOps.exif_transpose(image), image.info.get("icc_profile")
         if image.mode[0] in "IF":  # 16 bits, or floats of 0 to 1
@@ -360,7 +364,7 @@ def load_picture(file, least=math.inf):
                 image = ImageCms.profileToProfile(image, io.BytesIO(profile), srgb, outputMode=mode)
         if image.mode == "RGBA":
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB").reduce(max(1, int(min(image.size) // least)))  # by a whole number
+        return image.convert("RGB").reduce(max(1, int(min(image.size) // least))), image.size  # by a whole number
 
 
 def draw_scale(size, rng):
@@ -373,19 +377,20 @@ def draw_scale(size, rng):
 def place_instance(image, scale, size, factor, rng):
     """Puts an instance picture at `scale` pixels on a transparent size x size canvas, or cuts a window out of it.
 
-    Returns RGBA pixels (size, size, 4) and the loss mask (size/factor, size/factor): 1 strictly inside the picture, or
-    everywhere in a window. The guide's script squeezes pictures to a square, here the longer side is at the scale.
+    Returns RGBA pixels (size, size, 4), the window's corner (top, left) or None, and the loss mask (size/factor,
+    size/factor): 1 strictly inside the picture, or everywhere in a window. The guide's script squeezes pictures to a
+    square, here the longer side is at the scale.
     """
     mask = np.full((size // factor, size // factor), scale > size, np.float32)
     if scale > size:
-        return random_window(image, scale, size, rng), mask
+        return *random_window(image, scale, size, rng), mask
     width, height = (max(1, round(length * scale / max(image.size))) for length in image.size)
     image = image.resize((width, height), Image.Resampling.BILINEAR)
     left, top = int(rng.integers(size - width + 1)), int(rng.integers(size - height + 1))
     pixels = np.zeros((size, size, 4), np.uint8)
     pixels[top : top + height, left : left + width] = image.convert("RGBA")
     mask[inner_cells(top, height, factor), inner_cells(left, width, factor)] = 1
-    return pixels, mask
+    return pixels, None, mask
 
 
 def inner_cells(start, length, factor):
@@ -396,11 +401,11 @@ def inner_cells(start, length, factor):
 
 
 def random_window(image, scale, size, rng):
-    """Random window of an image resized to `scale` on its shorter side: RGBA (size, size, 4), uint8."""
+    """Random window of an image resized to `scale` on its shorter side: RGBA (size, size, 4), uint8; (top, left)."""
     width, height = (round(length * scale / min(image.size)) for length in image.size)
     left, top = int(rng.integers(width - size + 1)), int(rng.integers(height - size + 1))
     image = image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
-    return np.asarray(image.convert("RGBA"))
+    return np.asarray(image.convert("RGBA")), (top, left)
 
 
 @dataclasses.dataclass
@@ -413,8 +418,8 @@ class CustomDiffusionDataset(Dataset):
     """
 
     concepts: list
-    tokenizer: transformers.CLIPTokenizer  # with the modifier tokens
-    class_tokenizer: transformers.CLIPTokenizer  # without them, as a word of a caption may contain one
+    tokenizers: list  # one, or SDXL's two, with the modifier tokens
+    class_tokenizers: list  # without them, as a word of a caption may contain one
     size: int  # of the pictures, in pixels
     latent_shape: tuple  # (channels, h, w)
     num_train_timesteps: int
@@ -460,28 +465,37 @@ class CustomDiffusionDataset(Dataset):
         }
 
     def preprocess(self, picture, rng):
-        """One augmentation of a picture: pixels (4, size, size) uint8 RGBA, mask (1, h, w), input_ids (tokens,)."""
+        """One augmentation of a picture: pixels (4, size, size) uint8 RGBA, mask (1, h, w), input_ids (tokens,).
+
+        For SDXL also input_ids_2 (tokens,) and time_ids (6,): height and width of the original, top and left of the
+        window in the resized picture, height and width of the result. A picture on a canvas has what inference uses.
+        """
         file, prompt = (self.instances + self.classes)[picture]
         is_instance, size, cells = picture < len(self.instances), self.size, self.latent_shape[1]
-        image = self.decoded.get(file) or load_picture(file, least=2 * size)
+        image, original = self.decoded.get(file) or load_picture(file, least=2 * size)
         if is_instance and len(self.decoded) < 64:
-            self.decoded[file] = image
+            self.decoded[file] = image, original
         if self.hflip and rng.random() < 0.5:
             image = ImageOps.mirror(image)
         if self.center_crop:
-            image = ImageOps.fit(image, (min(image.size), min(image.size)))
+            image, original = ImageOps.fit(image, (min(image.size), min(image.size))), (min(original), min(original))
         if is_instance:
             scale = draw_scale(size, rng) if self.aug else size
-            pixels, mask = place_instance(image, scale, size, size // cells, rng)
+            pixels, corner, mask = place_instance(image, scale, size, size // cells, rng)
             if scale < 0.6 * size:
                 prompt = FAR_PREFIXES[rng.integers(2)] + prompt
             elif scale > size:
                 prompt = CLOSE_PREFIXES[rng.integers(2)] + prompt
         else:
-            pixels, mask = random_window(image, size, size, rng), np.ones((cells, cells), np.float32)
-        tokenizer = self.tokenizer if is_instance else self.class_tokenizer
-        ids = tokenizer(prompt, padding="max_length", truncation=True).input_ids
-        return {"pixels": pixels.transpose(2, 0, 1), "mask": mask[None], "input_ids": np.array(ids, np.int64)}
+            (pixels, corner), mask = random_window(image, size, size, rng), np.ones((cells, cells), np.float32)
+        sample = {"pixels": pixels.transpose(2, 0, 1), "mask": mask[None]}
+        tokenizers = self.tokenizers if is_instance else self.class_tokenizers
+        for name, tokenizer in zip(("input_ids", "input_ids_2"), tokenizers, strict=False):
+            sample[name] = np.array(tokenizer(prompt, padding="max_length", truncation=True).input_ids, np.int64)
+        if len(tokenizers) > 1:
+            conditions = (*original[::-1], *corner) if corner else (size, size, 0, 0)
+            sample["time_ids"] = np.array((*conditions, size, size), np.float32)
+        return sample
 
     def fixed_augmentations(self, rows, each):
         """Batch for `cache_latents`: augmentation row % each of picture row // each, which depends on (seed, row)."""
@@ -525,56 +539,83 @@ class ModifierEmbedding(nn.Module):
 
 
 class DenoisingModel(nn.Module):
-    """Text encoder and UNet as one module, so that DDP, accumulation, autocast and compilation see one forward."""
+    """A pipeline's text encoders and UNet as one, so that DDP, accumulation, autocast and compiler see one forward."""
 
-    def __init__(self, text_encoder, unet):
+    def __init__(self, pipeline):
         super().__init__()
-        self.text_encoder, self.unet = text_encoder, unet
+        self.unet, self.text_encoder = pipeline.unet, pipeline.text_encoder
+        self.text_encoder_2 = getattr(pipeline, "text_encoder_2", None)  # SDXL's
 
-    def forward(self, noisy_latents, timesteps, input_ids):
-        """(batch, channels, h, w), (batch,), (batch, tokens) -> the UNet's prediction (batch, channels, h, w)."""
-        encoder_hidden_states = self.text_encoder(input_ids)[0]
-        return self.unet(noisy_latents, timesteps, encoder_hidden_states).sample
+    def forward(self, noisy_latents, timesteps, input_ids, input_ids_2=None, time_ids=None):
+        """(batch, channels, h, w), (batch,), (batch, tokens) -> the UNet's prediction (batch, channels, h, w).
+
+        SDXL's UNet sees the last but one layer of both encoders, the pooled output of the second, and time_ids.
+        """
+        if input_ids_2 is None:
+            return self.unet(noisy_latents, timesteps, self.text_encoder(input_ids)[0]).sample
+        first = self.text_encoder(input_ids, output_hidden_states=True)
+        second = self.text_encoder_2(input_ids_2, output_hidden_states=True)
+        encoder_hidden_states = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1)
+        # pooled where transformers does it, which may be the new word: the configuration decides, for users as well
+        conditions = {"text_embeds": second.text_embeds, "time_ids": time_ids}
+        return self.unet(noisy_latents, timesteps, encoder_hidden_states, added_cond_kwargs=conditions).sample
 
 
-def load_tokenizer(args):
-    """Loads the tokenizer of the base model, or --tokenizer_name. First checks what kind of model it is."""
+def text_parts(pipeline):
+    """(tokenizer, text encoder) of a pipeline, or SDXL's two pairs."""
+    endings = ("", "_2") if hasattr(pipeline, "text_encoder_2") else ("",)
+    return [(getattr(pipeline, f"tokenizer{e}"), getattr(pipeline, f"text_encoder{e}")) for e in endings]
+
+
+def load_tokenizers(args):
+    """Loads the base model's tokenizer, or SDXL's two; --tokenizer_name replaces the first. First checks the model."""
     name, subject = args.pretrained_model_name_or_path, "--pretrained_model_name_or_path"
     convert = "StableDiffusionPipeline.from_single_file(file).save_pretrained(folder) makes one of a single file"
     with failing_as(f"{subject} {name}", f"give a hub id within reach or a folder in diffusers format; {convert}"):
         if Path(name).is_dir() and not Path(name, "model_index.json").is_file():
             raise FileNotFoundError(f"no model_index.json but {', '.join(sorted(os.listdir(name))[:5]) or 'nothing'}")
         index = DiffusionPipeline.load_config(name, revision=args.revision)
-        kinds = [index.get(part, [None, None])[1] for part in ("unet", "text_encoder", "text_encoder_2")]
-        if kinds != ["UNet2DConditionModel", "CLIPTextModel", None]:  # pipelines of distilled models have other names
-            fail(f"{subject} {name}", f"a {index['_class_name']}; give a Stable Diffusion 1.x or 2.x")
-        config = transformers.CLIPTextConfig.from_pretrained(name, revision=args.revision, subfolder="text_encoder")
-    if args.tokenizer_name:
-        name, subject = args.tokenizer_name, "--tokenizer_name"
-    with failing_as(f"{subject} {name}", "give a complete tokenizer"):
-        subfolder = "" if args.tokenizer_name else "tokenizer"
-        tokenizer = transformers.CLIPTokenizer.from_pretrained(name, revision=args.revision, subfolder=subfolder)
-        if tokenizer.unk_token in tokenizer.tokenize("a"):  # what transformers 5 makes of missing files
-            raise ValueError("the vocabulary of its tokenizer is empty")
-    tokenizer.model_max_length = config.max_position_embeddings  # which a tokenizer's own configuration can lack
-    return tokenizer
+        *kinds, second = [index.get(part, [None, None])[1] for part in ("unet", "text_encoder", "text_encoder_2")]
+        known = kinds == ["UNet2DConditionModel", "CLIPTextModel"]  # pipelines of distilled models have other names
+        if not known or second not in (None, "CLIPTextModelWithProjection"):
+            fail(f"{subject} {name}", f"a {index['_class_name']}; give a Stable Diffusion 1.x, 2.x or XL")
+    tokenizers = []
+    for ending in ("", "_2") if second else ("",):
+        options = {"revision": args.revision, "subfolder": f"text_encoder{ending}"}
+        with failing_as(f"{subject} {name}", "give a complete model"):
+            config = transformers.CLIPTextConfig.from_pretrained(name, **options)
+        source, options["subfolder"] = name, f"tokenizer{ending}"
+        if args.tokenizer_name and not ending:
+            source, options["subfolder"], subject = args.tokenizer_name, "", "--tokenizer_name"
+        with failing_as(f"{subject} {source}", "give a complete tokenizer"):
+            tokenizer = transformers.CLIPTokenizer.from_pretrained(source, **options)
+            if tokenizer.unk_token in tokenizer.tokenize("a"):  # what transformers 5 makes of missing files
+                raise ValueError("the vocabulary of its tokenizer is empty")
+        tokenizer.model_max_length = config.max_position_embeddings  # which a tokenizer's own configuration can lack
+        tokenizers.append(tokenizer)
+    return tokenizers
 
 
-def load_pipeline(args, tokenizer):
+def load_pipeline(args, tokenizers):
     """Loads the base model in float32 as a pipeline without a safety checker, which draws with DPM-Solver++."""
     name = args.pretrained_model_name_or_path
     subject = f"--pretrained_model_name_or_path {name}"
-    options = {"revision": args.revision, "variant": args.variant, "tokenizer": tokenizer, "safety_checker": None}
-    options |= {"feature_extractor": None, "requires_safety_checker": False}  # what is not needed is not asked for
+    options = {"revision": args.revision, "variant": args.variant, "feature_extractor": None}
+    options |= dict(zip(("tokenizer", "tokenizer_2"), tokenizers, strict=False))
+    kind, more = diffusers.StableDiffusionXLPipeline, {"image_encoder": None, "add_watermarker": False}
+    if len(tokenizers) == 1:  # what is not needed is not asked for
+        kind, more = diffusers.StableDiffusionPipeline, {"safety_checker": None, "requires_safety_checker": False}
     with failing_as(subject, "give a complete model, and --variant fp16 if its weight files are named so"):
         config = DDPMScheduler.load_config(name, subfolder="scheduler", revision=args.revision)
-        pipeline = StableDiffusionPipeline.from_pretrained(name, **options, scheduler=None)
+        pipeline = kind.from_pretrained(name, **options, **more, scheduler=None)
     # what the model was trained with: its scheduler's other settings may fit no other, and its class want a package
-    config = {key: value for key, value in config.items() if key in SCHEDULER_SETTINGS}
-    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(config)
+    settings = {key: value for key, value in config.items() if key in SCHEDULER_SETTINGS}
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(settings)
     unet, vae, factor = pipeline.unet.config, pipeline.vae.config, pipeline.vae_scale_factor
     if unet.in_channels != vae.latent_channels:  # for inpainting, for example
         fail(subject, f"its UNet takes {unet.in_channels} channels, its VAE has {vae.latent_channels}; give another")
+    if config.get("_class_name", "").startswith("EDM"):
+        fail(subject, "trained in the EDM formulation; give one that predicts noise or velocity")
     kind = pipeline.scheduler.config.prediction_type
     if kind not in ("epsilon", "v_prediction"):
         fail(subject, f"its scheduler's prediction_type is {kind!r}, neither 'epsilon' nor 'v_prediction'")
@@ -640,27 +681,32 @@ def add_attention_processors(unet, freeze_model, use_xformers=False):
     unet.set_attn_processor(processors)
 
 
-def build_models(args, accelerator, pipeline, token_ids, initializer_ids):
-    """Makes the pipeline's networks ready to train; returns text encoder and UNet as one `DenoisingModel`.
+def build_models(args, accelerator, pipeline, tokens):
+    """Makes the pipeline's networks ready to train; returns text encoders and UNet as one `DenoisingModel`.
 
-    Everything is frozen but the cross-attention's new projections and the embedding's new rows, which stay float32.
+    Everything is frozen but the cross-attention's new projections and the embeddings' new rows, which stay float32.
+    `tokens` has what `add_modifier_tokens` returned for each tokenizer.
     """
-    text_encoder, unet, vae = pipeline.text_encoder, pipeline.unet, pipeline.vae
-    for network in (text_encoder, unet, vae):
+    unet, vae, text_encoders = pipeline.unet, pipeline.vae, [encoder for _, encoder in text_parts(pipeline)]
+    for network in (*text_encoders, unet, vae):
         network.requires_grad_(False)
-    if token_ids:
-        table = text_encoder.get_input_embeddings()
-        text_encoder.set_input_embeddings(ModifierEmbedding(table, token_ids, initializer_ids))
+    for text_encoder, (token_ids, initializer_ids) in zip(text_encoders, tokens, strict=True):
+        if token_ids:
+            table = text_encoder.get_input_embeddings()
+            text_encoder.set_input_embeddings(ModifierEmbedding(table, token_ids, initializer_ids))
     if args.enable_xformers_memory_efficient_attention:
         unet.enable_xformers_memory_efficient_attention()  # the self-attention
     add_attention_processors(unet, args.freeze_model, args.enable_xformers_memory_efficient_attention)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-        text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
-    model = DenoisingModel(text_encoder, unet).train()
+        for text_encoder in text_encoders:
+            text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
+    model = DenoisingModel(pipeline).train()
     for tensor in (*model.parameters(), *model.buffers(), *vae.parameters()):
         if tensor.is_floating_point() and not tensor.requires_grad:
             tensor.data = tensor.data.to(DTYPES.get(accelerator.mixed_precision, torch.float32))
+    if len(text_encoders) > 1 and accelerator.mixed_precision == "fp16" and vae.config.force_upcast:
+        vae.float()  # SDXL's overflows in fp16
     model.to(accelerator.device)
     vae.to(accelerator.device, memory_format=torch.channels_last)  # what its convolutions like best
     if accelerator.device.type == "cpu":
@@ -701,7 +747,7 @@ def generate_class_images(args, accelerator, concepts):
     if not dataset:
         return
     precision = args.prior_generation_precision or ("fp16" if accelerator.device.type == "cuda" else "no")
-    pipeline = load_pipeline(args, load_tokenizer(args)).to(accelerator.device, DTYPES.get(precision, torch.float32))
+    pipeline = load_pipeline(args, load_tokenizers(args)).to(accelerator.device, DTYPES.get(precision, torch.float32))
     share = range(accelerator.process_index, len(dataset), accelerator.num_processes)
     loader = DataLoader(dataset, args.sample_batch_size, sampler=share, collate_fn=list)
     for batch in tqdm(loader, desc="class pictures", disable=not accelerator.is_main_process):
@@ -862,7 +908,8 @@ def diffusion_loss(model, vae, noise_scheduler, batch, prior_loss_weight):
         mean, std = encode(vae, batch["pixels"]) if "pixels" in batch else (batch["mean"], batch["std"])
         latents = (mean + std * batch["posterior_noise"]) * vae.config.scaling_factor
         noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
-    prediction = model(noisy_latents, timesteps, batch["input_ids"]).float()
+    conditions = [batch[name] for name in ("input_ids", "input_ids_2", "time_ids") if name in batch]
+    prediction = model(noisy_latents, timesteps, *conditions).float()
     is_velocity = noise_scheduler.config.prediction_type == "v_prediction"
     target = noise_scheduler.get_velocity(latents, noise, timesteps) if is_velocity else noise
 
@@ -892,23 +939,23 @@ def main(args):
     # Setup concepts, tokens and class pictures
     concepts = read_concepts(args)
     accelerator = start_accelerator(args)
-    tokenizer = load_tokenizer(args)
-    token_ids, initializer_ids = add_modifier_tokens(tokenizer, args)
-    check_instance_prompts(tokenizer, concepts, args)
+    tokenizers = load_tokenizers(args)
+    tokens = [add_modifier_tokens(tokenizer, args) for tokenizer in tokenizers]
+    check_instance_prompts(tokenizers[0], concepts, args)
     if args.with_prior_preservation and not args.real_prior:
         generate_class_images(args, accelerator, concepts)
 
     # Setup models; the pipeline draws the validation pictures with the networks that are being trained
-    pipeline = load_pipeline(args, tokenizer)
+    pipeline = load_pipeline(args, tokenizers)
     vae, noise_scheduler = pipeline.vae, DDPMScheduler.from_config(pipeline.scheduler.config)
-    model = build_models(args, accelerator, pipeline, token_ids, initializer_ids)
+    model = build_models(args, accelerator, pipeline, tokens)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
     # Setup data, optimizer and schedule
     dataset = CustomDiffusionDataset(
         concepts,
-        tokenizer,
-        load_tokenizer(args),
+        tokenizers,
+        load_tokenizers(args),
         size=args.resolution,
         latent_shape=(vae.config.latent_channels, *[args.resolution // pipeline.vae_scale_factor] * 2),
         num_train_timesteps=noise_scheduler.config.num_train_timesteps,
@@ -933,8 +980,10 @@ def main(args):
     repository = start_reporting(args, accelerator)
     if accelerator.is_main_process:
         checkpoints.claim_folder()
-    starts = [token.removesuffix("</w>") for token in tokenizer.convert_ids_to_tokens(initializer_ids)]
+    starts = [token.removesuffix("</w>") for token in tokenizers[0].convert_ids_to_tokens(tokens[0][1])]
     print_summary(accelerator, args, concepts, trained, starts, max_train_steps, samples_per_step)
+    if len(tokenizers) > 1 and args.resolution < 1024:
+        accelerator.print("  Stable Diffusion XL is made for --resolution 1024")
 
     # Train: one optimizer step per gradient_accumulation_steps micro-batches
     if step == 0 and accelerator.is_main_process:
@@ -1012,6 +1061,15 @@ def print_summary(accelerator, args, concepts, trained, starts, max_train_steps,
     accelerator.print(f"  {max_train_steps} steps of {samples_per_step} instance pictures on {machine}")
 
 
+@torch.no_grad()
+def decode(pipeline, latents):
+    """Latents (batch, channels, h, w) to pictures, one at a time as pictures are what takes memory."""
+    vae = pipeline.vae
+    latents = latents.to(vae.dtype) / vae.config.scaling_factor
+    decoded = torch.cat([vae.decode(part).sample for part in latents.split(1)])
+    return pipeline.image_processor.postprocess(decoded)
+
+
 def validate(args, accelerator, pipeline, step):
     """Draws --validation_prompt, with the same noise each time, for output_dir/validation and the trackers."""
     if not args.validation_prompt:
@@ -1019,10 +1077,12 @@ def validate(args, accelerator, pipeline, step):
     pipeline.vae.to(accelerator.device)
     noise, images = torch.Generator(accelerator.device).manual_seed(args.seed), []
     settings = {"num_inference_steps": 25, "generator": noise, "height": args.resolution, "width": args.resolution}
+    settings["output_type"] = "latent"  # the VAE stays in its own precision
     while missing := args.num_validation_images - len(images):
         count = min(args.sample_batch_size, missing)
         with accelerator.autocast():
-            images += pipeline(args.validation_prompt, num_images_per_prompt=count, **settings).images
+            latents = pipeline(args.validation_prompt, num_images_per_prompt=count, **settings).images
+        images += decode(pipeline, latents)
     if args.cache_latents:
         pipeline.vae.to("cpu")
     columns, line = min(4, len(images)), max(16, args.resolution // 12)  # line: of text, its height in pixels
@@ -1061,9 +1121,12 @@ def to_bytes(save, *args, **kwargs):
 
 def save_weights(folder, args, pipeline, settings):
     """Writes what is trained, in float32, as diffusers reads it: .bin, and .safetensors with the run's settings."""
-    attention, tokens = attention_state_dict(pipeline.unet), modifier_tokens(args)
-    rows = pipeline.text_encoder.get_input_embeddings().rows.detach().cpu() if tokens else []
-    tables = {WEIGHTS_NAME: attention, **{token: {token: rows[i].clone()} for i, token in enumerate(tokens)}}
+    attention = attention_state_dict(pipeline.unet)
+    tables = {WEIGHTS_NAME: attention}
+    for i, token in enumerate(modifier_tokens(args)):
+        rows = [encoder.get_input_embeddings().rows[i].detach().cpu().clone() for _, encoder in text_parts(pipeline)]
+        is_xl = len(rows) > 1  # there the names and shapes are those that other tools read
+        tables[token] = {"clip_l": rows[0][None], "clip_g": rows[1][None]} if is_xl else {token: rows[0]}
     if not all(values.isfinite().all() for table in tables.values() for values in table.values()):
         fail(folder, "not written, as the weights are not finite; lower --learning_rate, or take another base model")
     untrained = pipeline.unet.attn_processors.keys() - {key.rpartition(".to_")[0] for key in attention}
@@ -1184,7 +1247,8 @@ class Checkpoints:
         state = torch.load(folder / TRAINING_STATE_NAME, map_location="cpu", weights_only=True)
         self.pipeline.unet.load_state_dict({key: value for key, value in attention.items() if len(value)}, strict=False)
         for i, table in enumerate(embeddings):
-            self.pipeline.text_encoder.get_input_embeddings().rows.data[i] = next(iter(table.values()))
+            for (_, text_encoder), row in zip(text_parts(self.pipeline), table.values(), strict=True):
+                text_encoder.get_input_embeddings().rows.data[i] = row
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state["optimizer"]})
         if self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -1199,42 +1263,57 @@ def prove_reload(args, pipeline):
     diffusers' `load_attn_procs` installs nothing, silently, without `_pipeline`, so nothing is taken on trust. What was
     trained must be equal to the last bit, outputs within rounding, as diffusers installs another attention kernel.
     """
-    device, dtype = pipeline.unet.device, pipeline.vae.dtype
+    device, dtype = pipeline.unet.device, pipeline.unet.conv_in.weight.dtype
     torch.backends.cuda.matmul.allow_tf32 = False  # its rounding would pass for a difference
     trained = probe(args, pipeline)
-    pipeline.unet.to("cpu"), pipeline.text_encoder.to("cpu")  # room for the fresh ones
+    for network in (pipeline.unet, *(encoder for _, encoder in text_parts(pipeline))):
+        network.to("cpu")  # room for the fresh ones
     with failing_as(args.output_dir, "the files are complete, but were not proven to load"):
-        fresh = load_pipeline(args, load_tokenizer(args)).to(device, dtype)
-        fresh.unet.float(), fresh.text_encoder.float()  # from the same rounded weights as the trained ones
+        fresh = load_pipeline(args, load_tokenizers(args)).to(device, dtype)  # rounded as the trained ones
+        for network in (fresh.unet, *(encoder for _, encoder in text_parts(fresh))):
+            network.float()
         attention, *words = result_files(args)
         fresh.unet.load_attn_procs(args.output_dir, weight_name=attention, _pipeline=fresh)
-        for word in words:
-            fresh.load_textual_inversion(args.output_dir, weight_name=word)
+        for token, word in zip(modifier_tokens(args), words, strict=True):
+            load_word(fresh, args.output_dir, word, token)
         reloaded = probe(args, fresh)
     for name, value in trained.items():
-        tolerance = 1e-3 * value.abs().max() if name in ("hidden_states", "prediction") else 0
+        tolerance = 1e-3 * value.abs().max() if name == "prediction" else 0
         if name not in reloaded or not torch.allclose(reloaded[name], value, rtol=0, atol=tolerance):
             fail(args.output_dir, f"its files are kept, but diffusers {diffusers.__version__} loads another {name}")
     fresh.unet.set_attn_processor(attention_processor.AttnProcessor2_0())  # what the loader installs is not fused
     add_attention_processors(fresh.unet, args.freeze_model)
     fresh.unet.to(device).load_state_dict(reloaded, strict=False)
-    return fresh.to(dtype)
+    fresh.to(dtype).vae.to(pipeline.vae.dtype)
+    return fresh
+
+
+def load_word(pipeline, folder, file, token):
+    """Loads a word as a user does; SDXL's file has an embedding for each text encoder."""
+    parts = text_parts(pipeline)
+    if len(parts) == 1:
+        return pipeline.load_textual_inversion(folder, weight_name=file)
+    table = torch.load(Path(folder, file), weights_only=True) if file.endswith("bin") else load_file(Path(folder, file))
+    for (tokenizer, text_encoder), name in zip(parts, ("clip_l", "clip_g"), strict=True):
+        pipeline.load_textual_inversion(table[name], token=token, text_encoder=text_encoder, tokenizer=tokenizer)
 
 
 @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 @torch.no_grad()
 def probe(args, pipeline):
-    """What is trained, and the outputs of text encoder and UNet for fixed inputs, by name; in float32 on the CPU."""
-    unet, text_encoder, tokenizer = pipeline.unet.float(), pipeline.text_encoder.float(), pipeline.tokenizer
-    ids = torch.tensor(tokenizer.convert_tokens_to_ids(modifier_tokens(args)), dtype=torch.long, device=unet.device)
-    found = attention_state_dict(unet) | {"embeddings": text_encoder.get_input_embeddings()(ids).cpu()}
+    """What is trained, and the UNet's prediction for a fixed prompt and noise, by name; in float32 on the CPU."""
+    unet, found, ids = pipeline.unet.float(), attention_state_dict(pipeline.unet), []
     prompt = " ".join(["photo of a", *modifier_tokens(args)])
-    ids = tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt").input_ids
-    hidden_states = text_encoder(ids.to(unet.device))[0]
+    for tokenizer, text_encoder in text_parts(pipeline):
+        words = torch.tensor(tokenizer.convert_tokens_to_ids(modifier_tokens(args)), dtype=torch.long)
+        rows = text_encoder.float().get_input_embeddings()(words.to(unet.device))
+        found[f"embeddings {len(ids)}"] = rows.cpu()
+        ids.append(tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt").input_ids)
     cells = min(32, args.resolution // pipeline.vae_scale_factor)  # the attention that diffusers loads is not fused
     noise = torch.randn(1, unet.config.in_channels, cells, cells, generator=torch.Generator().manual_seed(0))
-    prediction = unet(noise.to(unet.device), 500, hidden_states).sample
-    return found | {"hidden_states": hidden_states.cpu(), "prediction": prediction.cpu()}
+    ids += [torch.tensor([[1024.0, 1024, 0, 0, 1024, 1024]])] if len(ids) > 1 else []
+    prediction = DenoisingModel(pipeline)(*(x.to(unet.device) for x in (noise, torch.tensor([500]), *ids)))
+    return found | {"prediction": prediction.cpu()}
 
 
 def result_files(args):
@@ -1243,20 +1322,34 @@ def result_files(args):
     return [f"{name}.{ending}" for name in (WEIGHTS_NAME, *modifier_tokens(args))]
 
 
-def usage_snippet(args, concepts, weights):
+def usage_snippet(args, pipeline, concepts, weights):
     """Python lines that load the result (a folder or hub repository) into the base model and make a picture."""
     prompt, base = args.validation_prompt or concepts[0].instance_prompt, repr(args.pretrained_model_name_or_path)
     base += "".join(f", {key}={vars(args)[key]!r}" for key in ("revision", "variant") if vars(args)[key])
     attention, *words = result_files(args)
-    load_words = "".join(f"pipeline.load_textual_inversion(weights, weight_name={word!r})\n" for word in words)
+    imports, folder, lines = [], repr(weights), []
+    if len(text_parts(pipeline)) == 1:
+        lines += [f"pipeline.load_textual_inversion(weights, weight_name={word!r})" for word in words]
+    else:  # a file of SDXL's has an embedding for each text encoder
+        reader = "torch.load" if args.no_safe_serialization else "load_file"
+        imports += [] if args.no_safe_serialization else ["from safetensors.torch import load_file"]
+        if not Path(weights).is_dir():
+            imports.append("from huggingface_hub import snapshot_download")
+            folder = f"snapshot_download({folder})"
+        for token, word in zip(modifier_tokens(args), words, strict=True):
+            lines.append(f"word = {reader}(f'{{weights}}/{word}')")
+            for name, end in (("clip_l", ""), ("clip_g", "_2")):
+                part = f"text_encoder=pipeline.text_encoder{end}, tokenizer=pipeline.tokenizer{end}"
+                lines.append(f"pipeline.load_textual_inversion(word[{name!r}], token={token!r}, {part})")
+    imports, lines = ("".join(f"{line}\n" for line in part) for part in (imports, lines))
     return f"""import torch
 from diffusers import DiffusionPipeline
-
+{imports}
 # on a GPU: .to('cuda', torch.float16)
 pipeline = DiffusionPipeline.from_pretrained({base}).to(torch.float32)
-weights = {weights!r}
+weights = {folder}
 pipeline.unet.load_attn_procs(weights, weight_name={attention!r}, _pipeline=pipeline)
-{load_words}image = pipeline({prompt!r}, num_inference_steps=100, guidance_scale=6.0, eta=1.0).images[0]
+{lines}image = pipeline({prompt!r}, num_inference_steps=100, guidance_scale=6.0, eta=1.0).images[0]
 image.save('picture.png')"""
 
 
@@ -1277,19 +1370,21 @@ def finish(args, accelerator, pipeline, step, concepts, repository):
             make_image_grid([sheets[i].crop(first) for i in shown], 1, len(shown)).save(folder / "steps.png")
     except Exception as error:  # the weights are saved and proven: whatever it is, it costs the pictures alone
         print(f"warning: pictures are missing ({textwrap.shorten(str(error), 200)})", file=sys.stderr)
-    print(f"Saved to {folder}; loads as trained (checked). To use it:\n\n{usage_snippet(args, concepts, str(folder))}")
+    usage = usage_snippet(args, pipeline, concepts, str(folder))
+    print(f"Saved to {folder}; loads as trained (checked). To use it:\n\n{usage}")
     if repository:
-        upload(args, concepts, [f"image_{i}.png" for i in range(len(images))], repository)
+        upload(args, pipeline, concepts, [f"image_{i}.png" for i in range(len(images))], repository)
 
 
-def upload(args, concepts, pictures, repository):
+def upload(args, pipeline, concepts, pictures, repository):
     """Writes the model card and uploads the result: exactly the files that make it up, by name."""
     base, prompts = args.pretrained_model_name_or_path, [concept.instance_prompt for concept in concepts]
+    is_xl = len(text_parts(pipeline)) > 1
     metadata = ModelCardData(
-        license="creativeml-openrail-m",
+        license="openrail++" if is_xl else "creativeml-openrail-m",
         base_model=None if Path(base).is_dir() else base,  # the hub refuses what is not on it
         instance_prompt=", ".join(prompts),
-        tags=["text-to-image", "diffusers", "stable-diffusion", "custom-diffusion"],
+        tags=["text-to-image", "diffusers", f"stable-diffusion{'-xl' if is_xl else ''}", "custom-diffusion"],
         widget=[{"text": args.validation_prompt, "output": {"url": picture}} for picture in pictures] or None,
     )
     shown = f"`{args.validation_prompt}`:\n\n" + " ".join(f"![](./{picture})" for picture in pictures)
@@ -1302,7 +1397,7 @@ def upload(args, concepts, pictures, repository):
 Custom Diffusion weights for `{base}`, trained on pictures of {", ".join(f"`{prompt}`" for prompt in prompts)}.
 
 ```python
-{usage_snippet(args, concepts, repository)}
+{usage_snippet(args, pipeline, concepts, repository)}
 ```
 
 {shown if pictures else ""}

@@ -252,8 +252,8 @@ class Worker:
         trainer, build_models = self.trainer, self.trainer.build_models
         start_accelerator, init = trainer.start_accelerator, trainer.Checkpoints.__init__
 
-        def built(args, accelerator, pipeline, *ids):
-            model = build_models(args, accelerator, pipeline, *ids)
+        def built(args, accelerator, pipeline, tokens):
+            model = build_models(args, accelerator, pipeline, tokens)
             pipeline.vae.encode = self.timed("VAE", pipeline.vae.encode)
             if not compiled:  # compiled, there is one forward
                 model.text_encoder.forward = self.timed("text encoder", model.text_encoder.forward)
@@ -366,8 +366,8 @@ def use_the_usual(trainer):
 
     build_models = trainer.build_models
 
-    def usual_models(args, accelerator, pipeline, token_ids, initializer_ids):
-        model = build_models(args, accelerator, pipeline, [], [])
+    def usual_models(args, accelerator, pipeline, tokens):
+        model, ((token_ids, initializer_ids),) = build_models(args, accelerator, pipeline, [([], [])]), tokens
         encoder = model.text_encoder.float()  # its whole table is trained
         encoder.resize_token_embeddings(token_ids[-1] + 1, mean_resizing=False)
         table = encoder.get_input_embeddings().requires_grad_(True).weight

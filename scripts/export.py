@@ -116,7 +116,10 @@ def find_folder(name, subject, patterns, revision=None):
 
 
 def read_result(name):
-    """Returns the trained weights by the UNet's names for them, {word: embedding}, and the files they are from."""
+    """Returns the trained weights by the UNet's names for them, {word: embeddings}, and the files they are from.
+
+    A word's embeddings are a dict: {word: (dim,)}, or of SDXL {"clip_l": (1, dim), "clip_g": (1, dim)}.
+    """
     folder = find_folder(name, name, ["*.safetensors"])
     file, trained, words = folder / WEIGHTS_FILE, {}, {}
     if not file.is_file():
@@ -144,14 +147,17 @@ def read_result(name):
         with failing_as(file, remedy), safe_open(file, "pt") as content:
             if EXPORTED in (content.metadata() or {}):
                 continue  # an earlier export may lie in the same folder
-            if list(content.keys()) == [file.stem] and content.get_tensor(file.stem).ndim == 1:
-                words[file.stem] = content.get_tensor(file.stem).float()
+            # in the order of the text encoders: clip_l, clip_g
+            rows = {name: content.get_tensor(name).float() for name in sorted(content.keys(), reverse=True)}
+            if {name: row.ndim for name, row in rows.items()} in ({file.stem: 1}, {"clip_l": 2, "clip_g": 2}):
+                words[file.stem] = rows
                 sources.append(file)
             else:
                 print(f"Leaving out {file.name}, which is no embedding of a word called {file.stem}")
-    for key, value in (trained | words).items():
-        if not value.isfinite().all():
-            fail(name, f"{key} is not finite; take an earlier checkpoint")
+    for word, values in ({None: trained} | words).items():
+        for key, value in values.items():
+            if not value.isfinite().all():
+                fail(name, f"{word or key} is not finite; take an earlier checkpoint")
     return trained, words, sources
 
 
@@ -168,11 +174,11 @@ def read_base(args, subject, names):
     configs = ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json")
     wanted = [*configs, *(f"unet/{pattern}" for pattern in patterns)]
     folder = find_folder(args.pretrained_model_name_or_path, subject, wanted, args.revision)
-    with failing_as(subject, "give a Stable Diffusion 1.x or 2.x in diffusers format"):
+    with failing_as(subject, "give a Stable Diffusion 1.x, 2.x or XL in diffusers format"):
         index, unet, scheduler = (json.loads((folder / file).read_text("utf-8")) for file in configs)
         kinds = [index.get(part, [None, None])[1] for part in ("unet", "text_encoder", "text_encoder_2")]
-    if kinds != ["UNet2DConditionModel", "CLIPTextModel", None]:
-        fail(subject, f"a {index.get('_class_name')}; give a Stable Diffusion 1.x or 2.x")
+    if kinds[:2] != ["UNet2DConditionModel", "CLIPTextModel"] or kinds[2] not in (None, "CLIPTextModelWithProjection"):
+        fail(subject, f"a {index.get('_class_name')}; give a Stable Diffusion 1.x, 2.x or XL")
     files = sorted({file for pattern in patterns for file in (folder / "unet").glob(pattern)})
     if not files:
         there = ", ".join(sorted(file.name for file in (folder / "unet").iterdir()))
@@ -193,9 +199,10 @@ def subtract(trained, words, base, unet, subject):
         if ours != theirs:
             problem = f"{name} is {ours} in the result and {theirs} in this model"
             fail(subject, f"{problem}; give the model that the result was trained on")
-    for word, value in words.items():
-        if len(value) != unet["cross_attention_dim"]:
-            problem = f"{word} has {len(value)} numbers, and this model takes {unet['cross_attention_dim']}"
+    for word, rows in words.items():
+        count = sum(row.numel() for row in rows.values())
+        if count != unet["cross_attention_dim"]:
+            problem = f"{word} has {count} numbers, and this model takes {unet['cross_attention_dim']}"
             fail(subject, f"{problem}; give the model that the result was trained on")
     return {name: value - base[name] for name, value in trained.items()}
 
@@ -282,15 +289,18 @@ def print_loss(changes, held):
 
 def describe(title, kind, words, unet, scheduler):
     """Metadata under the names that kohya's trainer and the ModelSpec use, from which UIs show version and words."""
-    # Stable Diffusion 2 alone has linear projections around its attention; its sizes may be those of a small model
+    # of 1 and 2, 2 alone has linear projections around its attention; its sizes may be those of a small model
     is_v2, is_v = unet.get("use_linear_projection", False), scheduler.get("prediction_type") == "v_prediction"
     size = 8 * unet["sample_size"]
     architecture = "stable-diffusion-v1"
-    if is_v2:
+    version = f"sd_v{2 if is_v2 else 1}{'_v' if is_v else ''}"
+    if unet.get("addition_embed_type"):
+        is_v2, version, architecture = False, "sdxl_base_v1-0", "stable-diffusion-xl-v1-base"
+    elif is_v2:
         architecture = "stable-diffusion-v2-768-v" if is_v else "stable-diffusion-v2-512"
     return {
         "format": "pt",
-        "ss_base_model_version": f"sd_v{2 if is_v2 else 1}{'_v' if is_v else ''}",
+        "ss_base_model_version": version,
         "ss_v2": str(is_v2),
         "ss_output_name": title,
         "ss_tag_frequency": json.dumps({"custom diffusion": {word: 1 for word in words}}),
@@ -310,10 +320,15 @@ def plain_name(word):
     return re.sub(r'[<>:"/\\|?*]', "", word).strip(" .")
 
 
+def named(rows, name):
+    """A word's embeddings as a file called `name` holds them: SDXL's keep their names."""
+    return {name: next(iter(rows.values()))} if len(rows) == 1 else rows
+
+
 def place_words(words, folder, output, sources):
     """Returns {word: file} of the embeddings to write into `folder`; fails where one would replace another file."""
     placed, taken = {}, {str(output).lower(): "the output file"}
-    for word, value in words.items():
+    for word, rows in words.items():
         name = plain_name(word)
         file = folder / f"{name}.safetensors"
         if not name:
@@ -325,8 +340,8 @@ def place_words(words, folder, output, sources):
             continue  # a word without < and >, whose embedding lies there already
         if file.exists():
             with failing_as(file, f"move it, or choose an --output in another folder for the word {word}"):
-                found = load_file(file)
-                if found.keys() != {name} or not torch.equal(found[name], value):
+                found, wanted = load_file(file), named(rows, name)
+                if found.keys() != wanted.keys() or any(not torch.equal(found[key], wanted[key]) for key in found):
                     raise ValueError("exists and is something else")
         placed[word] = file
     return placed
@@ -349,12 +364,24 @@ def write_file(file, content):
 def write_words(words, placed, unet, scheduler):
     """Writes each word's embedding as diffusers, A1111, ComfyUI and InvokeAI read it."""
     for word, file in placed.items():
-        # one dimension: InvokeAI takes no other for these models
+        # those of 1.x and 2.x have one dimension: InvokeAI takes no other for these models
         metadata = describe(file.stem, "textual-inversion", [file.stem], unet, scheduler)
-        write_file(file, serialize({file.stem: words[word].contiguous()}, metadata))
+        write_file(file, serialize(named(words[word], file.stem), metadata))
 
 
 # ---------- The merged model ------------------------------------------------------------------------------------
+
+
+def add_word(tokenizer, text_encoder, word, embedding, subject):
+    """Adds a word as the training does: as typed, capitals included; load_textual_inversion would match others, too."""
+    from transformers import AddedToken
+
+    if not tokenizer.add_tokens(AddedToken(word, normalized=False)):
+        fail(subject, f"its vocabulary has {word} already; give the model that the result was trained on")
+    index = tokenizer.convert_tokens_to_ids(word)
+    rows = max(index + 1, text_encoder.get_input_embeddings().num_embeddings)
+    text_encoder.resize_token_embeddings(rows, mean_resizing=False)
+    text_encoder.get_input_embeddings().weight.data[index] = embedding
 
 
 def write_model(args, subject, trained, words, unet, scheduler):
@@ -373,14 +400,11 @@ def write_model(args, subject, trained, words, unet, scheduler):
     with torch.no_grad():
         for name, value in trained.items():
             pipeline.unet.get_parameter(name).copy_(value)
-        for word, value in () if args.keep_vocabulary else words.items():
-            # as typed, capitals included, as in training; load_textual_inversion would match capitals of either kind
-            if not pipeline.tokenizer.add_tokens(transformers.AddedToken(word, normalized=False)):
-                fail(subject, f"its vocabulary has {word} already; give the model that the result was trained on")
-            row = pipeline.tokenizer.convert_tokens_to_ids(word)
-            rows = max(row + 1, pipeline.text_encoder.get_input_embeddings().num_embeddings)
-            pipeline.text_encoder.resize_token_embeddings(rows, mean_resizing=False)
-            pipeline.text_encoder.get_input_embeddings().weight[row] = value
+        parts = [(pipeline.tokenizer, pipeline.text_encoder)]
+        parts += [(pipeline.tokenizer_2, pipeline.text_encoder_2)] if hasattr(pipeline, "text_encoder_2") else []
+        for word, rows in () if args.keep_vocabulary else words.items():
+            for (tokenizer, text_encoder), row in zip(parts, rows.values(), strict=True):
+                add_word(tokenizer, text_encoder, word, row, subject)
     output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = output.with_name(f".{output.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed

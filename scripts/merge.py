@@ -78,7 +78,7 @@ def parse_args(input_args=None):
     add("--output_dir", type=path, required=True, help="folder for the new result")
     add("--rename", nargs="+", default=[], metavar="RESULT:OLD=NEW", help="other words, if two results share one")
     add("--weight", type=float, default=10.0, help="of the concepts; higher keeps more of them and less of the rest")
-    add("--class_weight", type=float, default=10.0, help="of the same prompts without the new word")
+    add("--class_weight", type=float, default=4.0, help="of the same prompts without the new word")
     add("--captions", type=path, default=CAPTIONS, help="file of captions that are to stay as they are, one a line")
     add("--concepts", nargs="+", metavar="PHRASE", help='each word with its class, "<new1> cat"; default: as trained')
     add("--ridge", type=float, default=1e-2, help="keeps the weights small where no prompt says what they should be")
@@ -92,7 +92,18 @@ if __name__ == "__main__":
     parse_args()  # so that --help and wrong arguments answer before the imports below, which take seconds
 
 import torch
-from export import WEIGHTS_FILE, fail, failing_as, failing_on_disk, read_base, read_result, subtract, write_file
+from export import (
+    WEIGHTS_FILE,
+    add_word,
+    fail,
+    failing_as,
+    failing_on_disk,
+    named,
+    read_base,
+    read_result,
+    subtract,
+    write_file,
+)
 from safetensors import safe_open
 from safetensors.torch import save as serialize
 
@@ -110,7 +121,7 @@ def filters(concepts, classes, captions, weight, class_weight, ridge):
     `concepts` and `classes` are lists of text features (n, dim), of prompts with the new word and of the same prompts
     without it; `captions` (n, dim) are those of everything else. The new weights W minimize
 
-        ridge s |W - W0|^2 + mean |(W - W0) r|^2 + class_weight mean_i mean |(W - W0) c_i|^2
+        ridge s |W - W0|^2 + mean |(W - W0) r|^2 + class_weight sum_i mean |(W - W0) c_i|^2
             + weight sum_i mean |(W - W_i) f_i|^2
 
     over the features r of captions, c_i of classes and f_i of concepts, where W0 are the base model's weights, W_i
@@ -120,8 +131,7 @@ def filters(concepts, classes, captions, weight, class_weight, ridge):
     """
     wanted = [weight * gram(features) for features in concepts]
     kept = gram(captions) + ridge * captions.square().mean() * torch.eye(captions.shape[1], dtype=captions.dtype)
-    for features in classes:
-        kept = kept + class_weight / len(classes) * gram(features)
+    kept = kept + class_weight * sum(gram(features) for features in classes)
     return [torch.linalg.solve(kept + sum(wanted), matrix).T for matrix in wanted]
 
 
@@ -141,41 +151,46 @@ def exact_filters(concepts, captions, ridge):
 # ---------- Text features ---------------------------------------------------------------------------------------
 
 
-def load_text_encoder(args, words):
-    """Returns the base model's tokenizer and text encoder, float32, with the words' trained embeddings."""
+def load_text_parts(args, words, is_xl):
+    """Returns (tokenizer, text encoder) of the base model, or SDXL's two pairs, float32, with the words' embeddings."""
     with failing_as("packages", "run pip install -r requirements.txt, best in a new environment"):
         import transformers
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    name, options = args.pretrained_model_name_or_path, {"revision": args.revision}
-    with failing_as(f"--pretrained_model_name_or_path {name}", "give the model that the results were trained on"):
-        tokenizer = transformers.CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", **options)
-        options |= {"variant": args.variant, "use_safetensors": True}
-        text_encoder = transformers.CLIPTextModel.from_pretrained(name, subfolder="text_encoder", **options).float()
-    tokenizer.model_max_length = text_encoder.config.max_position_embeddings  # which its own configuration can lack
-    for word, embedding in words.items():
-        if not tokenizer.add_tokens(transformers.AddedToken(word, normalized=False)):
-            fail(f"word {word}", "the model has it already; give the model that the results were trained on")
-        text_encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        text_encoder.get_input_embeddings().weight.data[tokenizer.convert_tokens_to_ids(word)] = embedding
-    return tokenizer, text_encoder
+    name, options, parts = args.pretrained_model_name_or_path, {"revision": args.revision}, []
+    subject = f"--pretrained_model_name_or_path {name}"
+    kinds = {"": transformers.CLIPTextModel} | ({"_2": transformers.CLIPTextModelWithProjection} if is_xl else {})
+    for i, (ending, kind) in enumerate(kinds.items()):
+        more = {"variant": args.variant, "use_safetensors": True, "subfolder": f"text_encoder{ending}"}
+        with failing_as(subject, "give the model that the results were trained on"):
+            tokenizer = transformers.CLIPTokenizer.from_pretrained(name, subfolder=f"tokenizer{ending}", **options)
+            text_encoder = kind.from_pretrained(name, **options, **more).float()
+        tokenizer.model_max_length = text_encoder.config.max_position_embeddings  # which its configuration can lack
+        for word, rows in words.items():
+            add_word(tokenizer, text_encoder, word, list(rows.values())[i], subject)
+        parts.append((tokenizer, text_encoder))
+    return parts
 
 
 @torch.no_grad()
-def encode(tokenizer, text_encoder, prompts, first=0):
+def encode(parts, prompts, first=0):
     """Text features of prompts, from token `first` to PADDING after the end of each: (tokens of all, dim), float64.
 
     Token 0, the start, is the same in every prompt. So it counts where keys and values are to stay, and not where they
-    are to change.
+    are to change. SDXL's features are those of both encoders, side by side.
     """
     features = []
     for start in range(0, len(prompts), 50):
-        ids = tokenizer(
-            prompts[start : start + 50], padding="max_length", truncation=True, return_tensors="pt"
-        ).input_ids
-        stops = (ids == tokenizer.eos_token_id).int().argmax(1) + 1 + PADDING
-        hidden_states = text_encoder(ids[:, : max(stops)])[0].double()  # causal, so what follows does not matter
-        features += [hidden_states[i, first:stop] for i, stop in enumerate(stops)]
+        hidden_states = []
+        for tokenizer, text_encoder in parts:
+            options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+            ids = tokenizer(prompts[start : start + 50], **options).input_ids
+            stops = (ids == tokenizer.eos_token_id).int().argmax(1) + 1 + PADDING
+            # causal, so what follows does not matter
+            output = text_encoder(ids[:, : max(stops)], output_hidden_states=True)
+            hidden_states.append((output[0] if len(parts) == 1 else output.hidden_states[-2]).double())
+        rows = torch.cat(hidden_states, -1)
+        features += [rows[i, first:stop] for i, stop in enumerate(stops)]
     return torch.cat(features)
 
 
@@ -183,7 +198,7 @@ def encode(tokenizer, text_encoder, prompts, first=0):
 
 
 def read_inputs(args):
-    """Returns {result: (trained weights, settings of its run)}, {word: embedding}, {word: (result, its name there)}."""
+    """Returns {result: (trained weights, its settings)}, {word: embeddings}, {word: (result, its name there)}."""
     renamed = {}
     for text in args.rename:
         match = re.fullmatch(r"(.+):([^:=]+)=([^:=]+)", text)
@@ -198,11 +213,11 @@ def read_inputs(args):
         with safe_open(sources[0], "pt") as content:
             settings = json.loads((content.metadata() or {}).get("settings", "{}"))
         inputs[name] = (trained, settings)
-        for word, embedding in own_words.items():
+        for word, rows in own_words.items():
             trained_as, word = word, renamed.pop((name, word), word)
             if word in words:
                 fail(name, f"has the word {word}, as {origin[word][0]} has; add --rename '{name}:{word}=<other>'")
-            words[word], origin[word] = embedding, (name, trained_as)
+            words[word], origin[word] = named(rows, word), (name, trained_as)
     for name, word in renamed:
         fail(f"--rename {name}:{word}", "no such word in this result")
     if not words:
@@ -239,7 +254,7 @@ def write_result(args, inputs, base, merged, words, phrases):
         kind, _, part = rest.partition(".")
         table[f"{layer}.processor.to_{kind}_custom_diffusion.{part}"] = (base[key].double() + change).float()
         table[f"{layer.removesuffix('2')}1.processor"] = torch.empty(0)  # diffusers' loader wants all layers
-    tables = {WEIGHTS_FILE: table} | {f"{word}.safetensors": {word: row} for word, row in words.items()}
+    tables = {WEIGHTS_FILE: table} | {f"{word}.safetensors": rows for word, rows in words.items()}
     for name, content in tables.items():
         file, stream = Path(args.output_dir, name), io.BytesIO()
         write_file(file, serialize(content, {"settings": json.dumps(settings)}))
@@ -270,8 +285,7 @@ def merge(args):
 
     with failing_as(f"--captions {args.captions}", "give a text file in UTF-8, one caption a line"):
         captions = [line for line in Path(args.captions).read_text("utf-8").splitlines() if line.strip()]
-    tokenizer, text_encoder = load_text_encoder(args, words)
-    encode_all = functools.partial(encode, tokenizer, text_encoder)
+    encode_all = functools.partial(encode, load_text_parts(args, words, is_xl=bool(unet.get("addition_embed_type"))))
     templates = [opening + ending for opening in OPENINGS for ending in ENDINGS]
     concepts = [encode_all([text.format(phrase) for text in templates], first=1) for phrase, _ in phrases.values()]
     classes = [encode_all([text.format(phrase) for text in templates]) for _, phrase in phrases.values() if phrase]

@@ -129,3 +129,62 @@ def small_vocabulary(tmp_path_factory):
         requires_safety_checker=False,
     ).save_pretrained(folder)
     return folder
+
+
+def make_xl(folder, eos_token_id):
+    """Saves a Stable Diffusion XL of random weights, with two text encoders of different width."""
+    import torch
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=[4, 4, 8, 8],
+        latent_channels=4,
+        norm_num_groups=2,
+        sample_size=64,
+        scaling_factor=0.13025,
+    )
+    text = {"intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 49408}
+    text |= {"eos_token_id": eos_token_id}
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=[32, 64],
+        down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
+        up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
+        transformer_layers_per_block=[1, 2],
+        attention_head_dim=[2, 4],
+        use_linear_projection=True,
+        cross_attention_dim=32 + 48,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 40,
+        norm_num_groups=8,
+    )
+    second = CLIPTextConfig(hidden_size=48, projection_dim=40, hidden_act="gelu", **text)
+    StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(CLIPTextConfig(hidden_size=32, hidden_act="quick_gelu", **text)),
+        text_encoder_2=CLIPTextModelWithProjection(second),
+        tokenizer=CLIPTokenizer.from_pretrained(EMBEDDED / "tokenizer"),
+        tokenizer_2=CLIPTokenizer.from_pretrained(EMBEDDED / "tokenizer", pad_token="!"),
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(timestep_spacing="leading", **BETAS),
+        add_watermarker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sdxl(tmp_path_factory):
+    """Stable Diffusion XL in small. With this end token, of the hub's folders, transformers pools at the new word."""
+    return make_xl(tmp_path_factory.mktemp("models") / "sdxl", eos_token_id=2)
+
+
+@pytest.fixture(scope="session")
+def sdxl_end(tmp_path_factory):
+    """The same with the true end token, at which it pools."""
+    return make_xl(tmp_path_factory.mktemp("models") / "sdxl_end", eos_token_id=49407)

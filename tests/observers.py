@@ -100,6 +100,20 @@ def record_losses(folder, rank):
     return lambda: torch.save(steps, beside(folder, "losses"))
 
 
+def record_tables(folder, rank):
+    """Records the text encoders' frozen tables of embeddings as they are when the result is saved."""
+    import train_custom_diffusion as trainer
+
+    save_weights = trainer.save_weights
+
+    def recorded(place, args, pipeline, settings):
+        tables = [encoder.get_input_embeddings().table.weight for _, encoder in trainer.text_parts(pipeline)]
+        torch.save(tables, beside(folder, "tables"))
+        return save_weights(place, args, pipeline, settings)
+
+    trainer.save_weights = recorded
+
+
 def record_losses_and_draw_fast(folder, rank):
     """Records batches and losses; a picture takes 4 steps of the sampler, as drawing takes longest in tiny models."""
     call = StableDiffusionPipeline.__call__

@@ -35,11 +35,13 @@ SWAPS = {
     "./data/face": "assets/instance/cat",
     "samples_person": "samples_cat",
     "resolution=512": "resolution=128",
+    "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",  # of random weights
+    "resolution=1024": "resolution=64",
     "real_reg/samples_cat --num_class_images 200": "real_reg/samples_cat --num_class_images 200 "
     "--source dataset --dataset assets/regularization/cat",
 }
 # what the bash blocks of all pages and the Python blocks of each leave, relative to the folder in which they run
-RESULTS = ["my-cat", "my-face"]
+RESULTS = ["my-cat", "my-face", "my-xl-cat"]
 RESULTS += [
     f"results/{name}"
     for name in ("two-concepts", "resumed", "two-processes", "two-machines", "small", "apart", "merged")
@@ -79,11 +81,12 @@ def run_block(folder, hub, language, code, **variables):
     assert process.returncode == 0, code + process.stdout[-1000:] + process.stderr[-3000:]
 
 
-def run_bash_blocks(folder, hub):
+def run_bash_blocks(folder, hub, sdxl):
     """Makes the folder like a clone and runs all bash blocks there but the first two: this test and the quickstart."""
     names = ("assets", "concept_list.json", "requirements.txt", "retrieve.py", "scripts", "train_custom_diffusion.py")
     for name in names:
         (folder / name).symlink_to(ROOT / name)
+    (folder / "sdxl").symlink_to(sdxl)
     (folder / "results").mkdir()
     (folder / "results" / "quickstart").symlink_to("resumed")  # of the README; stands in for the quickstart's result
     exported = {"INSTANCE_DIR": "assets/instance/cat", "OUTPUT_DIR": "my-cat", "FIRST_MACHINE": "127.0.0.1"}
@@ -100,9 +103,9 @@ def run_bash_blocks(folder, hub):
 
 
 @pytest.mark.slow
-def test_blocks(tmp_path, hub):
+def test_blocks(tmp_path, hub, sdxl):
     """All in one test, as the blocks in Python use what those in bash left."""
-    run_bash_blocks(tmp_path, hub)
+    run_bash_blocks(tmp_path, hub, sdxl)
     assert len((tmp_path / "real_reg" / "samples_cat" / "caption.txt").read_text().splitlines()) == 200
     assert len(list((tmp_path / "class_pictures" / "cat").glob("*.png"))) == 2
     for result in RESULTS:

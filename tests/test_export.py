@@ -453,7 +453,10 @@ def refusals(results, tmp_path_factory):
     save_file({"<>": torch.ones(DIM)}, copy("nameless word", weights) / "<>.safetensors")
     save_file({"NEW1": torch.ones(DIM)}, copy("alike", weights, "<new1>.safetensors") / "NEW1.safetensors")
     index = json.loads((model / "model_index.json").read_text())
-    for name, change in (("sdxl", {"text_encoder_2": ["transformers", "CLIPTextModel"]}), ("no unet files", {})):
+    for name, change in (
+        ("not XL", {"text_encoder_2": ["transformers", "CLIPTextModel"]}),
+        ("no unet files", {}),
+    ):
         shutil.copytree(model, here / name)
         (here / name / "model_index.json").write_text(json.dumps(index | change))
     unet = here / "no unet files" / "unet" / "diffusion_pytorch_model.safetensors"
@@ -466,7 +469,7 @@ def refusals(results, tmp_path_factory):
     (here / "a folder.safetensors").mkdir()
     results_of = {name: (here / name, model, "out.safetensors") for name in BAD_RESULTS}
     models_of = {
-        "sdxl": here / "sdxl",
+        "not XL": here / "not XL",
         "no unet files": here / "no unet files",
         "broken model": here / "broken model",
         "no model": here / "empty",
@@ -512,10 +515,10 @@ BAD_RESULTS = {
     "alike": ["word", "NEW1", "<new1>"],
 }
 BAD = BAD_RESULTS | {
-    "sdxl": ["--pretrained_model_name_or_path", "StableDiffusionPipeline", "1.x or 2.x"],
+    "not XL": ["--pretrained_model_name_or_path", "StableDiffusionPipeline", "2.x or XL"],
     "no unet files": ["no diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin", "--variant"],
     "broken model": ["diffusion_pytorch_model.safetensors", "corrupt"],
-    "no model": ["model_index.json", "1.x or 2.x"],
+    "no model": ["model_index.json", "2.x or XL"],
     "no such model": ["--pretrained_model_name_or_path", "nowhere"],
     "other model": ["is missing in the result and (32, 32) in this model", "give the model that the result was"],
     "other sizes": ["in the result and", "give the model that the result was trained on"],

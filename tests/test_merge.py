@@ -111,7 +111,7 @@ def test_least_squares(joined, results, sd1, features):
     for key, (own, ours) in trained_weights(results, sd1).items():
         ridge = (1e-3 * np.square(rest).mean()) ** 0.5
         rows, values = [np.eye(len(own.T)) * ridge], [own.T * ridge]
-        kept = [(rest, 1, own), *((part, 3 / 2, own) for part in classes)]
+        kept = [(rest, 1, own), *((part, 3, own) for part in classes)]
         for part, weight, target in [
             *kept,
             *((part, 5, weights) for part, weights in zip(concepts, ours, strict=True)),

@@ -33,7 +33,7 @@ SIZE, FACTOR = 64, 8
 
 def check_colours(path, expected, tolerance=0):
     """The picture is RGB and its four quarters have these colours."""
-    image = load_picture(path)
+    image, _ = load_picture(path)
     assert image.mode == "RGB"
     pixels = np.asarray(image, int)
     height, width = pixels.shape[:2]
@@ -64,7 +64,8 @@ def test_exif_orientation(orientation, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = orientation
     (image.transpose(turned) if turned is not None else image).save(tmp_path / "p.png", exif=exif)
-    assert load_picture(tmp_path / "p.png").size == (40, 20)
+    image, size = load_picture(tmp_path / "p.png")
+    assert image.size == size == (40, 20)
     check_colours(tmp_path / "p.png", RGB)
 
 
@@ -278,7 +279,7 @@ def test_square_picture_follows_the_recipe(size):
     places = set()
     for scale in [*np.linspace(size // 3, size, 25, dtype=int), *np.linspace(int(1.2 * size), int(1.4 * size) - 1, 8)]:
         scale = int(scale)
-        pixels, mask = place_instance(image, scale, size, FACTOR, rng)
+        pixels, _, mask = place_instance(image, scale, size, FACTOR, rng)
         pixels = normalized(pixels)
         assert pixels.shape == (size, size, 3)
         assert (
@@ -314,7 +315,7 @@ def test_other_shapes_keep_their_aspect_ratio(width, height, size):
     image, rng = make_picture(2, width, height), np.random.default_rng(0)
     for scale in (size // 3, int(0.62 * size), size):
         for _ in range(20 if size < 512 else 3):
-            pixels, mask = place_instance(image, scale, size, FACTOR, rng)
+            pixels, _, mask = place_instance(image, scale, size, FACTOR, rng)
             pixels = normalized(pixels)
             top, left, rows, columns = covered(pixels)
             assert max(rows, columns) == scale and abs(columns / rows - width / height) < width / height * 0.08
@@ -329,7 +330,7 @@ def test_other_shapes_keep_their_aspect_ratio(width, height, size):
             assert ys.max() * FACTOR < top + rows and (ys.min() + 1) * FACTOR > top
             assert xs.max() * FACTOR < left + columns and (xs.min() + 1) * FACTOR > left
     scale = int(1.3 * size)
-    pixels, mask = place_instance(image, scale, size, FACTOR, rng)
+    pixels, _, mask = place_instance(image, scale, size, FACTOR, rng)
     pixels = normalized(pixels)
     assert mask.all() and pixels.shape == (size, size, 3) and (pixels != GREY).all()
     shorter = resized(image, *(round(side * scale / min(width, height)) for side in (width, height)))
@@ -369,7 +370,7 @@ def test_coverage_of_ten_thousand_masks(size, width, height):
     """No mask is empty; how much they cover on average follows from the distribution of scales and places."""
     rng, covered, centres, moments = np.random.default_rng(1), [], [], []
     for _ in range(10_000):
-        _, mask = place_instance(Size(60 * width, 60 * height), draw_scale(size, rng), size, FACTOR, rng)
+        _, _, mask = place_instance(Size(60 * width, 60 * height), draw_scale(size, rng), size, FACTOR, rng)
         covered.append(mask.sum())
         centres.append(np.mean(np.nonzero(mask), 1))
     assert min(covered) > 0
@@ -393,7 +394,7 @@ def test_sizes(width, height, size, seed):
     """Whatever the size and shape of a picture, the canvas is full of numbers and the mask is not empty."""
     rng = np.random.default_rng(seed)
     scale = draw_scale(size, rng)
-    pixels, mask = place_instance(Image.new("RGB", (width, height)), scale, size, FACTOR, rng)
+    pixels, _, mask = place_instance(Image.new("RGB", (width, height)), scale, size, FACTOR, rng)
     pixels = normalized(pixels)
     assert pixels.shape == (size, size, 3) and set(np.unique(pixels)) <= {-1, 0} and mask.any()
     assert (pixels[mask.repeat(FACTOR, 0).repeat(FACTOR, 1) > 0] == -1).any(), "the mask is on the picture"
@@ -436,8 +437,8 @@ def make_draws(folders, **values):
 
     draws = CustomDiffusionDataset(
         read_concepts(args),
-        tokenizer,
-        tokenizer,
+        [tokenizer],
+        [tokenizer],
         size=SIZE,
         latent_shape=(4, SIZE // FACTOR, SIZE // FACTOR),
         num_train_timesteps=1000,

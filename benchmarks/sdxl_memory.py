@@ -1,0 +1,136 @@
+#!/usr/bin/env python3
+"""Counts what a training step of Stable Diffusion XL keeps in a GPU's memory, without a GPU: on torch's meta device.
+
+    python benchmarks/sdxl_memory.py [--resolution 1024] [--batch_size 1]
+
+Builds UNet and text encoders at their real sizes, lets the trainer prepare them, and runs the forward pass of a step
+with as many class pictures as instance pictures in bfloat16. It counts weights, gradients, AdamW's state, and every
+tensor that autograd keeps. With gradient checkpointing, that is the input of each layer that is computed twice, and
+what the largest of them keeps while it is. The VAE is left out, as with --cache_latents. What a GPU needs besides (the
+allocator's gaps, libraries, workspaces) is not counted.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+import train_custom_diffusion as trainer
+
+UNET = {
+    "sample_size": 128,
+    "block_out_channels": [320, 640, 1280],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "transformer_layers_per_block": [1, 2, 10],
+    "attention_head_dim": [5, 10, 20],
+    "use_linear_projection": True,
+    "cross_attention_dim": 2048,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+FIRST = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+SECOND = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
+
+
+class Attention(torch.autograd.Function):
+    """Stands in for fused attention, which keeps its inputs, its output and a number for each row."""
+
+    @staticmethod
+    def forward(context, query, key, value):
+        output = torch.empty_like(query)
+        context.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return output
+
+
+class Count:
+    """Bytes of the tensors that autograd keeps, each once, by the layer in which it was made."""
+
+    def __init__(self, model):
+        self.layer, self.bytes, self.inputs, self.seen = None, {}, {}, set()
+        self.seen |= {id(parameter) for parameter in model.parameters()}
+        self.kept = []  # so that no id is used twice
+        for name, module in model.named_modules():
+            if type(module).__name__ in ("BasicTransformerBlock", "ResnetBlock2D", "CLIPEncoderLayer"):
+                module.register_forward_pre_hook(self.enter(name), with_kwargs=True)
+                module.register_forward_hook(self.leave)
+
+    def enter(self, name):
+        def hook(module, args, kwargs):
+            self.layer = name
+            self.inputs[name] = args[0].nbytes if args else kwargs["hidden_states"].nbytes
+
+        return hook
+
+    def leave(self, *args):
+        self.layer = None
+
+    def pack(self, tensor):
+        if id(tensor) not in self.seen and not isinstance(tensor, torch.nn.Parameter):
+            self.seen.add(id(tensor))
+            self.kept.append(tensor)
+            self.bytes[self.layer] = self.bytes.get(self.layer, 0) + tensor.nbytes
+        return tensor
+
+
+def build(batch_size):
+    """Returns the trainer's model for SDXL on the meta device, prepared for bfloat16."""
+    text = {"vocab_size": 49408, "attn_implementation": "sdpa"}
+    with torch.device("meta"):
+        pipeline = SimpleNamespace(
+            unet=UNet2DConditionModel(**UNET),
+            vae=AutoencoderKL(),
+            text_encoder=CLIPTextModel(CLIPTextConfig(**FIRST, **text)),
+            text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**SECOND, **text, projection_dim=1280)),
+            tokenizer=None,
+            tokenizer_2=None,
+        )
+        args = trainer.parse_args(["--pretrained_model_name_or_path=m", "--instance_data_dir=d", "--instance_prompt=p"])
+        accelerator = SimpleNamespace(mixed_precision="bf16", device=torch.device("meta"))
+        return trainer.build_models(args, accelerator, pipeline, [([49408], [0])] * 2)
+
+
+def main():
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description="Count the memory of a training step of SDXL.")
+    parser.add_argument("--resolution", type=int, default=1024, help="in pixels")
+    parser.add_argument("--batch_size", type=int, default=1, help="instance pictures, and as many class pictures")
+    args = parser.parse_args()
+    model, n, cells = build(args.batch_size), 2 * args.batch_size, args.resolution // 8
+    frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    torch.nn.functional.scaled_dot_product_attention = lambda q, k, v, *_, **__: Attention.apply(q, k, v)
+    count = Count(model)
+    ids = torch.zeros(n, 77, dtype=torch.long, device="meta")
+    with torch.autograd.graph.saved_tensors_hooks(count.pack, lambda tensor: tensor):
+        noisy = torch.empty(n, 4, cells, cells, device="meta", dtype=torch.bfloat16)
+        times = torch.empty(n, 6, device="meta")
+        model(noisy, torch.zeros(n, dtype=torch.long, device="meta"), ids, ids, times)
+    layers = {name: size for name, size in count.bytes.items() if name}
+    outside = count.bytes.get(None, 0)
+    checkpointed = outside + sum(count.inputs.values()) + max(layers.values())
+    rows = {
+        "frozen weights, bf16": frozen,
+        "trained weights, fp32": trained,
+        "gradients": trained,
+        "AdamW's state": 2 * trained,
+        "kept by autograd": outside + sum(layers.values()),
+        "kept by autograd, --gradient_checkpointing": checkpointed,
+    }
+    print(f"| {args.resolution} px, {args.batch_size} + {args.batch_size} pictures | GB |\n| --- | --- |")
+    for name, size in rows.items():
+        print(f"| {name} | {size / 1e9:.2f} |")
+    states = frozen + 4 * trained
+    print(f"| together | {(states + outside + sum(layers.values())) / 1e9:.2f} |")
+    print(f"| together, --gradient_checkpointing | {(states + checkpointed) / 1e9:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
