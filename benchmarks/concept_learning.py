@@ -404,7 +404,9 @@ def main():
         base = base.result()
     size = f"{NUM_IMAGES} pictures a prompt, {NUM_CONTROLS} of controls; "
     size += f"mean (smallest-largest) of {len(args.seeds)} training seeds."
-    parts = [size, control_table(base, results.items()), words_table(results.items())]
+    parts = [size, control_table(base, results.items())]
+    if any(len(concepts) > 1 for concepts, _ in runs.values()):
+        parts.append(words_table(results.items()))
     for concept in TOKENS:
         found = [(name, judged) for name, judged in results.items() if concept in runs[name][0]]
         if found:

@@ -8,7 +8,8 @@ Several results: their words work together in one model:
     python scripts/merge.py results/cat results/pot --pretrained_model_name_or_path assets/model \\
         --rename "results/pot:<new1>=<new2>" --output_dir results/merged
 
-Takes seconds, and needs neither a GPU nor pictures: keys and values of the cross-attention see text features alone.
+Takes minutes on a CPU, and needs neither a GPU nor pictures: keys and values of the cross-attention see text features
+alone.
 """
 
 import argparse
