@@ -18,6 +18,7 @@ import io
 import json
 import os
 import re
+import sys
 from pathlib import Path
 
 OPENINGS = (
@@ -302,6 +303,8 @@ def merge(args):
         matrix = gram(features)
         lost = size({key: merged[key] - trained[key] for key in merged}, matrix) / (size(trained, matrix) or 1)
         print(f"{phrases[word][0]}: {100 * (1 - lost):.0f} % of what was trained is kept")
+        if lost > 0.4:
+            print(f"warning: {word} will be weaker; raise --weight, or train the concepts together", file=sys.stderr)
     matrix = gram(rest)
     own = size({key: base[key].double() for key in merged}, matrix)
     moved = [100 * size(change, matrix) / own for change in (*changes.values(), merged)]

@@ -157,6 +157,15 @@ def norm(arrays):
     return sum(float(np.square(array).sum()) for array in arrays) ** 0.5
 
 
+@pytest.mark.parametrize("weight, warns", [(1e-3, True), (1e6, False)])
+def test_warns_where_little_is_kept(weight, warns, results, sd1, tmp_path):
+    words = words_of(results["cat"], model=sd1, output_dir=tmp_path / "run", weight=weight)
+    process = run(sys.executable, MERGE, *words)
+    assert process.returncode == 0
+    assert ("warning: <new1> will be weaker" in process.stderr) == warns
+    assert (int(re.search(r"(-?\d+) % of what was trained is kept", process.stdout)[1]) < 60) == warns
+
+
 # The result
 
 
