@@ -167,7 +167,7 @@ def parse_args(input_args=None):
     add("--logging_dir", type=path, default="logs", help="tensorboard's folder, inside output_dir")
     add("--report_to", default="tensorboard", choices=trackers, help="tracker of loss and validation pictures")
     add("--no_safe_serialization", **flag, help="write only .bin files, no .safetensors")
-    add("--keep_apart", **flag, help="at the end, put everything but the new words back as it was (scripts/merge.py)")
+    add("--keep_apart", **flag, help="at the end, put the rest back towards what it was (docs/merging.md)")
     add("--validation_prompt", help='prompt of the validation pictures: "<new1> cat sitting in a bucket"')
     add("--num_validation_images", type=positive, default=2, help="pictures per validation")
     add("--validation_steps", type=positive, default=50, help="optimizer steps between validations")

@@ -80,7 +80,7 @@ class Count:
         return tensor
 
 
-def build(batch_size):
+def build():
     """Returns the trainer's model for SDXL on the meta device, prepared for bfloat16."""
     text = {"vocab_size": 49408, "attn_implementation": "sdpa"}
     with torch.device("meta"):
@@ -103,7 +103,7 @@ def main():
     parser.add_argument("--resolution", type=int, default=1024, help="in pixels")
     parser.add_argument("--batch_size", type=int, default=1, help="instance pictures, and as many class pictures")
     args = parser.parse_args()
-    model, n, cells = build(args.batch_size), 2 * args.batch_size, args.resolution // 8
+    model, n, cells = build(), 2 * args.batch_size, args.resolution // 8
     frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     torch.nn.functional.scaled_dot_product_attention = lambda q, k, v, *_, **__: Attention.apply(q, k, v)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Join concepts that were trained apart, or keep one concept apart from the rest of the model, in closed form.
 
-One result: the new word keeps what it has learned, and everything else goes back to what it was:
+One result: the new word keeps what it has learned, and everything else goes back towards what it was:
     python scripts/merge.py results/cat --pretrained_model_name_or_path assets/model --output_dir results/cat-apart
 
 Several results: their words work together in one model:

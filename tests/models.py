@@ -21,21 +21,29 @@ def write_small_vocabulary(folder):
     return folder
 
 
-def make_model(folder, text, unet, scheduler):
-    """Saves a Stable Diffusion of random weights, with CLIP's whole vocabulary and a VAE of factor 8."""
-    import torch
-    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+def make_vae(**config):
+    """A tiny VAE of factor 8 with random weights."""
+    from diffusers import AutoencoderKL
 
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
+    return AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 4,
         up_block_types=["UpDecoderBlock2D"] * 4,
         block_out_channels=[4, 4, 8, 8],
         latent_channels=4,
         norm_num_groups=2,
         sample_size=64,
+        **config,
     )
+
+
+def make_model(folder, text, unet, scheduler):
+    """Saves a Stable Diffusion of random weights, with CLIP's whole vocabulary and a VAE of factor 8."""
+    import torch
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    torch.manual_seed(0)
+    vae = make_vae()
     text_config = CLIPTextConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=49408, **text
     )
@@ -134,19 +142,11 @@ def small_vocabulary(tmp_path_factory):
 def make_xl(folder, eos_token_id):
     """Saves a Stable Diffusion XL of random weights, with two text encoders of different width."""
     import torch
-    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     torch.manual_seed(0)
-    vae = AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4,
-        block_out_channels=[4, 4, 8, 8],
-        latent_channels=4,
-        norm_num_groups=2,
-        sample_size=64,
-        scaling_factor=0.13025,
-    )
+    vae = make_vae(scaling_factor=0.13025)
     text = {"intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 49408}
     text |= {"eos_token_id": eos_token_id}
     unet = UNet2DConditionModel(

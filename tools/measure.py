@@ -120,9 +120,8 @@ def shape_name(mask):
 def concept_histogram(concept, n=40):
     """Mean colour histogram of `n` true renders of a concept."""
     rng, backgrounds = random.Random(0), world.concept_backgrounds(concept)
-    return np.mean(
-        [color_histogram(world.render_concept(concept, rng.choice(backgrounds), rng)[0]) for _ in range(n)], 0
-    )
+    renders = [world.render_concept(concept, rng.choice(backgrounds), rng)[0] for _ in range(n)]
+    return np.mean([color_histogram(render) for render in renders], 0)
 
 
 def concept_color(image, concept):
