@@ -5,6 +5,7 @@
     python benchmarks/concept_learning.py --runs "without prior" "cat kept apart" --tuning --merge_flags="--weight 30"
     python benchmarks/concept_learning.py --cache_latents 1 2 4
     python benchmarks/concept_learning.py --ranks 4 8 16 32
+    python benchmarks/concept_learning.py --model assets/model-xl --runs "with prior" "without prior" "cat kept apart"
 
 Trains in processes of their own, as a user does, with the quickstart's flags (flags after `--` are added to them), once
 per seed; scripts/merge.py then joins the results, or keeps one apart. The pictures are judged by tools/measure.py,
@@ -36,7 +37,7 @@ sys.path += [str(ROOT / "tools"), str(ROOT / "examples")]
 # ruff: noqa: E402
 import measure
 import world
-from before_after import WEIGHTS_NAME, generate, load_concept, load_pipeline
+from before_after import WEIGHTS_NAME, generate, load_concept, load_pipeline, load_word
 
 # The flags of examples/quickstart.sh; paths are relative to the repository.
 MODEL = ["--pretrained_model_name_or_path", "assets/model"]
@@ -129,6 +130,7 @@ def parse_args():
     parser.add_argument("--merge_flags", type=shlex.split, default=[], help="flags for scripts/merge.py, in one string")
     parser.add_argument("--cache_latents", type=int, nargs="+", metavar="K", help="compare cached latents, no more")
     parser.add_argument("--ranks", type=int, nargs="+", metavar="R", help="compare exported LoRAs, no more")
+    parser.add_argument("--model", default=MODEL[1], help="another base model that draws the same world")
     parser.add_argument("flags", nargs="*", help="flags for the trainer, after --")
     args = parser.parse_args()
     if args.quick:
@@ -222,9 +224,14 @@ def judge_limits(pipeline, folder, prompts):
 # ---------- Runs ------------------------------------------------------------------------------------------------
 
 
+def use_model(model):
+    """Sets the base model, in each process."""
+    MODEL[1] = model
+
+
 def folder_of(name, seed, *key):
     """The folder of a run, with a name that follows from everything on which its content depends."""
-    model = (ROOT / "assets/model/unet/diffusion_pytorch_model.safetensors").read_bytes()
+    model = (ROOT / MODEL[1] / "unet/diffusion_pytorch_model.safetensors").read_bytes()
     digest = hashlib.sha256(repr(key).encode() + model).hexdigest()[:6]
     folder = ROOT / "results/concept_learning" / f"{name} {seed} {digest}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -241,7 +248,7 @@ def train(name, seed, flags):
     """Trains, unless that was done; returns the folder of the result."""
     folder = folder_of(name, seed, flags)
     if not (folder / f"{WEIGHTS_NAME}.safetensors").exists():
-        output = ["--seed", seed, "--output_dir", folder, "--report_to", "none"]
+        output = [*MODEL, "--seed", seed, "--output_dir", folder, "--report_to", "none"]
         start(folder, "train_custom_diffusion.py", *flags, *output)
     return folder
 
@@ -276,12 +283,11 @@ def measures(folder, prompts, concepts, limits=False):
     file = folder / f"{prompts} {hashlib.sha256(key).hexdigest()[:6]}.json"
     if file.exists():
         return json.loads(file.read_text())
-    pipeline = load_pipeline(ROOT / "assets/model")
+    pipeline = load_pipeline(ROOT / MODEL[1])
     if (folder / "lora.safetensors").exists():
         pipeline.load_lora_weights(folder / "lora.safetensors")
         for concept in concepts:
-            token = TOKENS[concept]
-            pipeline.load_textual_inversion(folder / f"{token.strip('<>')}.safetensors", token=token)
+            load_word(pipeline, folder / f"{TOKENS[concept].strip('<>')}.safetensors", TOKENS[concept])
     elif not limits:
         load_concept(pipeline, folder, [TOKENS[concept] for concept in concepts])
     results = judge_pipeline(pipeline, folder, prompts, concepts)
@@ -384,7 +390,8 @@ def main():
     for k in args.cache_latents or ():
         runs[f"{k} cached"] = (["cat"], [*WITH_PRIOR, "--cache_latents", str(k)])
     render_banded_cat()
-    with ProcessPoolExecutor(min(4, os.cpu_count()), get_context("spawn")) as pool:
+    use_model(args.model)
+    with ProcessPoolExecutor(min(4, os.cpu_count()), get_context("spawn"), use_model, (args.model,)) as pool:
         base = pool.submit(measures, folder_of("base", 0), prompts, list(TOKENS), limits=True)
         sources = {name for _, flags in runs.values() if flags[0] in RUNS for name in flags}
         trainings = {name: RUNS.get(name, runs.get(name))[1] for name in [*sources, *runs]}
@@ -414,6 +421,7 @@ def main():
     text = "\n\n".join(parts)
     print(text)
     name = f"{prompts} {'cached' if args.cache_latents else 'ranks' if args.ranks else 'runs'}"
+    name += f" {Path(args.model).name}" if args.model != "assets/model" else ""
     (ROOT / f"results/concept_learning/{name}.md").write_text(text + "\n")
 
 

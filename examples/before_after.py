@@ -63,14 +63,14 @@ def parse_args():
 def load_pipeline(name):
     """The base model with a fast sampler, on the GPU if there is one."""
     import torch
-    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+    from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
     from diffusers.utils import logging
     from transformers.utils.logging import disable_progress_bar
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     disable_progress_bar()
-    pipeline = StableDiffusionPipeline.from_pretrained(name, safety_checker=None, requires_safety_checker=False)
+    pipeline = DiffusionPipeline.from_pretrained(name, safety_checker=None, requires_safety_checker=False)
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu", torch.float32)
@@ -82,7 +82,20 @@ def load_concept(pipeline, folder, tokens):
     # without `_pipeline` diffusers reads the file and installs nothing
     pipeline.unet.load_attn_procs(folder, weight_name=f"{WEIGHTS_NAME}.{ending}", _pipeline=pipeline)
     for token in tokens:
-        pipeline.load_textual_inversion(folder, weight_name=f"{token}.{ending}")
+        load_word(pipeline, Path(folder, f"{token}.{ending}"), token)
+
+
+def load_word(pipeline, file, token):
+    """Loads the embedding of a new word, or the two that SDXL's file has, one for each text encoder."""
+    import torch
+    from safetensors.torch import load_file
+
+    if not hasattr(pipeline, "text_encoder_2"):
+        return pipeline.load_textual_inversion(file.parent, weight_name=file.name, token=token)
+    word = torch.load(file, weights_only=True) if file.suffix == ".bin" else load_file(file)
+    for name, end in (("clip_l", ""), ("clip_g", "_2")):
+        parts = {part: getattr(pipeline, part + end) for part in ("text_encoder", "tokenizer")}
+        pipeline.load_textual_inversion(word[name], token=token, **parts)
 
 
 def generate(pipeline, prompts, seed):
