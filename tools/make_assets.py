@@ -65,7 +65,7 @@ def parse_args():
     parser.add_argument("--vae_steps", type=int, default=5500)
     parser.add_argument("--diffusion_steps", type=int, default=7000)
     parser.add_argument("--xl_text_steps", type=int, default=1500, help="In which the second text encoder begins.")
-    parser.add_argument("--xl_steps", type=int, default=2500)
+    parser.add_argument("--xl_steps", type=int, default=1500)
     parser.add_argument("--guidance_scale", type=float, default=5.0, help="Of the scores in the model card.")
     return parser.parse_args()
 
@@ -111,6 +111,8 @@ class Training:
         self.processes = dist.get_world_size() if dist.is_initialized() else 1
         self.average_decay = average_decay
         self.parameters = [p for group in groups for p in group["params"]]
+        for p in self.parameters:
+            p.grad = torch.zeros_like(p)  # a loss that leaves a parameter out leaves its gradient at that
         self.average = [p.detach().clone() for p in self.parameters]
         self.optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99))
         self.step, self.seconds, self.history = 0, 0.0, []
@@ -864,7 +866,7 @@ def finish(args, seconds):
     write_card(args, seconds, evaluate(args))
 
 
-def write_xl_card(args, seconds):
+def write_xl_card(args):
     """Scores the XL beside the other model; writes its card and a sheet of samples."""
     folder = args.output_dir / "model-xl"
     pipeline = StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float32)
@@ -903,17 +905,16 @@ alone, copy what the links point to (`cp -rL`). Its own are {" and ".join(sizes)
 ## How it was made
 
 ```bash
-python tools/make_assets.py --seed {args.seed} --stage render     # unless it was done for the other model
-python tools/make_assets.py --seed {args.seed} --stage xl
-python tools/make_assets.py --seed {args.seed} --stage finish_xl
+for stage in render xl finish_xl; do
+    python tools/make_assets.py --seed {args.seed} --num_images {args.num_images} --stage $stage
+done
 ```
 
 First, the second text encoder learned in {args.xl_text_steps:,} steps, without pictures, what it has to add to the
 first one's features, so that a matrix makes of both about what the other model's UNet saw. With this matrix in its keys
 and values, the UNet began as the other model's. Then it and the second text encoder trained for {args.xl_steps:,} steps
-of 48 pictures, which took {seconds["xl"]:.0f} seconds on {"two CPU cores" if args.device == "cpu" else args.device}.
-The first text encoder stayed as it is. A quarter of the pictures are windows of smaller originals that were enlarged,
-with the conditions that say so. An empty prompt is zeros, as in SDXL's pipeline.
+of 48 pictures. The first text encoder stayed as it is. A quarter of the pictures are windows of smaller originals that
+were enlarged, with the conditions that say so. An empty prompt is zeros, as in SDXL's pipeline.
 
 ## Scores
 
@@ -927,10 +928,10 @@ for the other model: the same prompts and settings (DPM-Solver++, 25 steps, guid
     (folder / "README.md").write_text(card)
 
 
-def finish_xl(args, seconds):
+def finish_xl(args):
     """Writes the final XL and its card."""
     save_xl(args)
-    write_xl_card(args, seconds)
+    write_xl_card(args)
 
 
 def main():
@@ -945,7 +946,7 @@ def main():
         "diffusion": partial(launch, train_diffusion, args),
         "finish": partial(finish, args, seconds),
         "xl": partial(make_xl, args),
-        "finish_xl": partial(finish_xl, args, seconds),
+        "finish_xl": partial(finish_xl, args),
     }
     for name, stage in stages.items():
         if args.stage not in (name, "all") or name in seconds:
