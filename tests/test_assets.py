@@ -1,15 +1,19 @@
-"""The embedded model and pictures that the first command of the README works with."""
+"""The embedded models, and the pictures that the first command of the README works with."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, StableDiffusionXLPipeline
 from launching import ROOT
 from models import EMBEDDED
 from PIL import Image
 from reading import fresh_pipeline
 
 ASSETS = ROOT / "assets"
+XL = ASSETS / "model-xl"
 
 
 def test_model_is_a_small_stable_diffusion():
@@ -22,6 +26,44 @@ def test_model_is_a_small_stable_diffusion():
     assert pipeline.text_encoder.config.vocab_size == len(pipeline.tokenizer) == 49408
     assert pipeline.vae_scale_factor == 8 and pipeline.unet.config.sample_size == 16
     assert all(torch.isfinite(parameter).all() for parameter in pipeline.unet.parameters())
+
+
+def test_xl_adds_little():
+    """At most 10 MB of its own; the rest are relative links to the other model's files."""
+    files = [Path(folder, name) for folder, _, names in os.walk(XL) for name in names]
+    assert sum(file.stat().st_size for file in files if not file.is_symlink()) <= 10e6
+    links = {str(path.relative_to(XL)): os.readlink(path) for path in XL.rglob("*") if path.is_symlink()}
+    linked = {name: f"../model/{name}" for name in ("text_encoder", "tokenizer", "vae")}
+    linked |= {f"tokenizer_2/{name}": f"../../model/tokenizer/{name}" for name in ("merges.txt", "vocab.json")}
+    assert links == linked
+
+
+@pytest.mark.parametrize("loader", [StableDiffusionXLPipeline, DiffusionPipeline])
+def test_xl_is_a_small_stable_diffusion_xl(loader):
+    pipeline = loader.from_pretrained(XL)
+    assert type(pipeline) is StableDiffusionXLPipeline
+    assert len(pipeline.tokenizer) == len(pipeline.tokenizer_2) == 49408
+    assert (pipeline.tokenizer.pad_token_id, pipeline.tokenizer_2.pad_token_id) == (49407, 0)
+    widths = [encoder.config.hidden_size for encoder in (pipeline.text_encoder, pipeline.text_encoder_2)]
+    assert widths[0] != widths[1] and sum(widths) == pipeline.unet.config.cross_attention_dim
+    assert pipeline.unet.config.addition_embed_type == "text_time" and pipeline.unet.config.sample_size == 16
+    for part in (pipeline.unet, pipeline.text_encoder_2):
+        assert all(torch.isfinite(parameter).all() for parameter in part.parameters())
+
+
+def test_xl_draws_what_the_prompt_says(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    import measure
+
+    pipeline = StableDiffusionXLPipeline.from_pretrained(XL).to(torch.float32)
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    wanted = [("red", "gray"), ("blue", "yellow"), ("white", "green")]
+    prompts = [f"photo of a {color} cat on a {background} background" for color, background in wanted]
+    images = pipeline(prompts, num_inference_steps=20, generator=torch.Generator().manual_seed(0)).images
+    for image, (color, background) in zip(images, wanted, strict=True):
+        found = measure.measure(image)
+        assert found["kind"] == "cat" and found["background"] == background
+        assert measure.top_colors(found["histogram"], 1) == {color}
 
 
 def test_tokenizer_splits_as_clip():

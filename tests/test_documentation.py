@@ -19,7 +19,8 @@ from PIL import Image
 
 PAGES = {str(file.relative_to(ROOT)): file.read_text("utf-8") for file in sorted((ROOT / "docs").glob("*.md"))}
 PAGES = {"README.md": (ROOT / "README.md").read_text("utf-8")} | PAGES
-OTHER_PAGES = {name: (ROOT / name).read_text("utf-8") for name in ("CONTRIBUTING.md", "assets/model/README.md")}
+OTHER_PAGES = ("CONTRIBUTING.md", "assets/model/README.md", "assets/model-xl/README.md")
+OTHER_PAGES = {name: (ROOT / name).read_text("utf-8") for name in OTHER_PAGES}
 SCRIPT = (ROOT / "train_custom_diffusion.py").read_text("utf-8")
 BLOCK = re.compile(r"^(?:<!-- not run: ([^\n]+) -->\n)?```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 BIN, BASE = Path(sys.executable).parent, "tester/sd"
@@ -44,7 +45,7 @@ SWAPS = {
 RESULTS = ["my-cat", "my-face", "my-xl-cat"]
 RESULTS += [
     f"results/{name}"
-    for name in ("two-concepts", "resumed", "two-processes", "two-machines", "small", "apart", "merged")
+    for name in ("small-xl", "two-concepts", "resumed", "two-processes", "two-machines", "small", "apart", "merged")
 ]
 PICTURES = ("pot.png", "cat_from_a_pot.png", "pot_with_another_top.png", "cat_from_the_hub.png")
 LEFT = {
