@@ -5,14 +5,16 @@
     python benchmarks/concept_learning.py --runs "without prior" "cat kept apart" --tuning --merge_flags="--weight 30"
     python benchmarks/concept_learning.py --cache_latents 1 2 4
     python benchmarks/concept_learning.py --ranks 4 8 16 32
+    python benchmarks/concept_learning.py --shared_background
 
 Trains in processes of their own, as a user does, with the quickstart's flags (flags after `--` are added to them), once
 per seed; scripts/merge.py then joins the results, or keeps one apart. The pictures are judged by tools/measure.py,
 which knows colours and places and has no learned part. There are two disjoint sets of prompts and backgrounds, neither
 among the instance pictures: settings were chosen on "tuning", the tables come from "final". Before and after start from
 the same noise. --cache_latents compares the cat with prior preservation as it is with that on so many fixed
-augmentations of each picture, --ranks with that exported as LoRAs. Everything lies in results/concept_learning; an
-interrupted run goes on where it stopped.
+augmentations of each picture, --ranks with that exported as LoRAs. --shared_background compares what helps if all five
+pictures of the cat have the same background. Everything lies in results/concept_learning; an interrupted run goes on
+where it stopped.
 """
 
 import argparse
@@ -71,8 +73,23 @@ RUNS = {  # name: (concepts, flags of a training or results that are merged)
     ),
 }
 
+SHARED_BACKGROUND = "beach"
+SHARED_RUNS = {  # of --shared_background
+    "without prior": RUNS["without prior"],
+    **{
+        name: (["cat"], [*QUICKSTART, "--instance_data_dir", f"results/{folder}", *flags])
+        for name, folder, flags in (
+            ("five backgrounds, captions", "cat_with_captions", []),
+            ("one background", "cat_at_the_beach", []),
+            ("one background, masks", "cat_at_the_beach_cut_out", ["--alpha_mask"]),
+            ("one background, captions", "cat_at_the_beach_with_captions", []),
+        )
+    },
+}
+
 TOKENS = {"cat": "<new1>", "pot": "<new2>", "banded cat": "<new3>"}  # the last word of a concept is its class
-BANDED_BACKGROUNDS = ["blue", "yellow", "black", "beach", "night"]  # of its instance pictures
+INSTANCE_BACKGROUNDS = {"cat": ["blue", "white", "beach", "black", "night"]}  # as in assets/instance
+INSTANCE_BACKGROUNDS["banded cat"] = ["blue", "yellow", "black", "beach", "night"]
 BACKGROUNDS = {
     "tuning": {"cat": ["orange", "pink"], "pot": ["pink", "night"], "banded cat": ["orange", "grass"]},
     "final": {
@@ -129,6 +146,7 @@ def parse_args():
     parser.add_argument("--merge_flags", type=shlex.split, default=[], help="flags for scripts/merge.py, in one string")
     parser.add_argument("--cache_latents", type=int, nargs="+", metavar="K", help="compare cached latents, no more")
     parser.add_argument("--ranks", type=int, nargs="+", metavar="R", help="compare exported LoRAs, no more")
+    parser.add_argument("--shared_background", action="store_true", help="compare masks and captions, no more")
     parser.add_argument("flags", nargs="*", help="flags for the trainer, after --")
     args = parser.parse_args()
     if args.quick:
@@ -291,12 +309,46 @@ def measures(folder, prompts, concepts, limits=False):
     return results
 
 
-def render_banded_cat():
-    """Renders the instance pictures of the concept that assets/instance lacks."""
-    folder, rng = ROOT / "results/banded_cat", random.Random("0 banded cat")
+def unasked_background(folder, prompts, thing):
+    """Share of pictures with SHARED_BACKGROUND where the prompt names none, of what a folder holds or the base model.
+
+    Drawn and measured unless that was done.
+    """
+    file = folder / f"{prompts} unasked.json"
+    if not file.exists():
+        pipeline = load_pipeline(ROOT / "assets/model")
+        if (folder / f"{WEIGHTS_NAME}.safetensors").exists():
+            load_concept(pipeline, folder, [TOKENS["cat"]])
+        openings = OPENINGS[prompts] * (2 * NUM_IMAGES // len(OPENINGS[prompts]))
+        images = draw(pipeline, [opening.format(thing=thing) for opening in openings], SEEDS[prompts])
+        show(folder / prompts, "no background asked for", images)
+        found = [measure.measure(image)["background"] == SHARED_BACKGROUND for image in images]
+        file.write_text(json.dumps(float(np.mean(found))))
+    return json.loads(file.read_text())
+
+
+def render_pictures():
+    """Renders the instance pictures that assets/instance lacks."""
+    at_the_beach = [SHARED_BACKGROUND] * 5
+    render_instances("banded_cat", "banded cat", INSTANCE_BACKGROUNDS["banded cat"])
+    render_instances("cat_with_captions", "cat", INSTANCE_BACKGROUNDS["cat"], captions=True)
+    render_instances("cat_at_the_beach", "cat", at_the_beach)
+    render_instances("cat_at_the_beach_cut_out", "cat", at_the_beach, cut_out=True)
+    render_instances("cat_at_the_beach_with_captions", "cat", at_the_beach, captions=True)
+
+
+def render_instances(name, concept, backgrounds, cut_out=False, captions=False):
+    """Renders pictures of a concept, with the object as their alpha channel, or captions that name the background."""
+    folder, rng = ROOT / "results" / name, random.Random(f"0 {concept}")
     folder.mkdir(parents=True, exist_ok=True)
-    for i, background in enumerate(BANDED_BACKGROUNDS):
-        world.render_concept("banded cat", background, rng)[0].save(folder / f"{i}.png")
+    for i, background in enumerate(backgrounds):
+        image, attributes = world.render_concept(concept, background, rng)
+        if cut_out:
+            image.putalpha(world.draw_mask(attributes).resize(image.size))
+        image.save(folder / f"{i}.png")
+        if captions:
+            phrase = world.where(background, random.Random(i))
+            (folder / f"{i}.txt").write_text(f"photo of a {TOKENS[concept]} {concept.split()[-1]} {phrase}")
 
 
 # ---------- Tables ----------------------------------------------------------------------------------------------
@@ -381,9 +433,11 @@ def main():
     prompts, runs = "tuning" if args.tuning else "final", {name: RUNS[name] for name in args.runs}
     if args.cache_latents or args.ranks:
         runs = {"with prior": RUNS["with prior"]}
+    if args.shared_background:
+        runs = SHARED_RUNS
     for k in args.cache_latents or ():
         runs[f"{k} cached"] = (["cat"], [*WITH_PRIOR, "--cache_latents", str(k)])
-    render_banded_cat()
+    render_pictures()
     with ProcessPoolExecutor(min(4, os.cpu_count()), get_context("spawn")) as pool:
         base = pool.submit(measures, folder_of("base", 0), prompts, list(TOKENS), limits=True)
         sources = {name for _, flags in runs.values() if flags[0] in RUNS for name in flags}
@@ -401,7 +455,11 @@ def main():
                 folders[name, seed] = export(name, seed, folders["with prior", seed], rank)
         jobs = [(n, pool.submit(measures, folders[n, s], prompts, runs[n][0])) for s in args.seeds for n in runs]
         results = {name: [job.result() for other, job in jobs if other == name] for name in runs}
-        base = base.result()
+        base, unasked = base.result(), {}
+        if args.shared_background:
+            asked = {"before": pool.submit(unasked_background, folder_of("base", 0), prompts, "cat")}
+            asked |= {key: pool.submit(unasked_background, f, prompts, "<new1> cat") for key, f in folders.items()}
+            unasked = {key: job.result() for key, job in asked.items()}
     size = f"{NUM_IMAGES} pictures a prompt, {NUM_CONTROLS} of controls; "
     size += f"mean (smallest-largest) of {len(args.seeds)} training seeds."
     parts = [size, control_table(base, results.items())]
@@ -411,9 +469,14 @@ def main():
         found = [(name, judged) for name, judged in results.items() if concept in runs[name][0]]
         if found:
             parts += [concept_table(base, found, concept), leakage_table(base, found, concept)]
+    if unasked:
+        rows = [["before", span(unasked["before"])]]
+        rows += [[name, span([unasked[name, seed] for seed in args.seeds])] for name in runs]
+        parts.append(table(["no background asked for", f"share of {SHARED_BACKGROUND}"], rows))
     text = "\n\n".join(parts)
     print(text)
-    name = f"{prompts} {'cached' if args.cache_latents else 'ranks' if args.ranks else 'runs'}"
+    kinds = {"cached": args.cache_latents, "ranks": args.ranks, "backgrounds": args.shared_background, "runs": True}
+    name = f"{prompts} {next(kind for kind, asked in kinds.items() if asked)}"
     (ROOT / f"results/concept_learning/{name}.md").write_text(text + "\n")
 
 
