@@ -372,12 +372,13 @@ def load_picture(file, least=math.inf, keep_alpha=False):
             srgb, mode = ImageCms.createProfile("sRGB"), "RGBA" if image.mode == "RGBA" else "RGB"
             with contextlib.suppress(ImageCms.PyCMSError, OSError):  # a broken profile is as good as none
                 image = ImageCms.profileToProfile(image, io.BytesIO(profile), srgb, outputMode=mode)
-        if image.mode == "RGBA" and keep_alpha:
+        if image.mode != "RGBA":
+            image = image.convert("RGB")
+        elif keep_alpha:
             *colours, alpha = image.split()
             image = Image.merge("RGBX", (*colours, alpha.point(lambda value: max(value, 1))))
-        elif image.mode == "RGBA":
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image if image.mode == "RGBX" else image.convert("RGB")
+        else:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
         return image.reduce(max(1, int(min(image.size) // least))), image.size  # by a whole number
 
 

@@ -2,19 +2,20 @@
 """Measures what the trainer teaches the embedded model, and what it spoils; prints the tables of docs/measurements.md.
 
     python benchmarks/concept_learning.py [--seeds 0 1 2] [--quick] [-- --max_train_steps 400]
-    python benchmarks/concept_learning.py --runs "without prior" "cat kept apart" --tuning --merge_flags="--weight 30"
+    python benchmarks/concept_learning.py --runs "cat kept apart" --prompts tuning --merge_flags="--weight 30"
     python benchmarks/concept_learning.py --cache_latents 1 2 4
     python benchmarks/concept_learning.py --ranks 4 8 16 32
     python benchmarks/concept_learning.py --shared_background
 
 Trains in processes of their own, as a user does, with the quickstart's flags (flags after `--` are added to them), once
 per seed; scripts/merge.py then joins the results, or keeps one apart. The pictures are judged by tools/measure.py,
-which knows colours and places and has no learned part. There are two disjoint sets of prompts and backgrounds, neither
-among the instance pictures: settings were chosen on "tuning", the tables come from "final". Before and after start from
-the same noise. --cache_latents compares the cat with prior preservation as it is with that on so many fixed
-augmentations of each picture, --ranks with that exported as LoRAs. --shared_background compares what helps if all five
-pictures of the cat have the same background. Everything lies in results/concept_learning; an interrupted run goes on
-where it stopped.
+which knows colours and places and has no learned part. There are disjoint sets of prompts and backgrounds, none among
+the instance pictures: settings were chosen on "tuning", the tables come from "final", and the prompts of "unlike" begin
+as none of merge.py's do. Before and after start from the same noise. --cache_latents compares the cat with prior
+preservation as it is with that on so many fixed augmentations of each picture, --ranks with that exported as LoRAs.
+--shared_background compares what helps if all five pictures of the cat have the same background. --sheet also draws cat
+and pot alone, together and joined. Everything lies in results/concept_learning; an interrupted run goes on where it
+stopped.
 """
 
 import argparse
@@ -38,7 +39,7 @@ sys.path += [str(ROOT / "tools"), str(ROOT / "examples")]
 # ruff: noqa: E402
 import measure
 import world
-from before_after import WEIGHTS_NAME, generate, load_concept, load_pipeline
+from before_after import WEIGHTS_NAME, draw_prompts, draw_row, generate, load_concept, load_pipeline, stack
 
 # The flags of examples/quickstart.sh; paths are relative to the repository.
 MODEL = ["--pretrained_model_name_or_path", "assets/model"]
@@ -101,8 +102,15 @@ BACKGROUNDS = {
 OPENINGS = {
     "tuning": ["photo of a {thing}", "a picture of a {thing}"],
     "final": ["photo of a {thing}", "a photo of a {thing}", "a {thing}", "photo of a big {thing}"],
+    "unlike": [
+        "yesterday I saw a {thing}",
+        "a picture of a huge {thing}",
+        "here is the {thing} again",
+        "look, one more {thing}",
+    ],
 }
-SEEDS = {"tuning": 100, "final": 200}  # of control prompts, wordings of the background, and noise
+BACKGROUNDS["unlike"] = BACKGROUNDS["final"]
+SEEDS = {"tuning": 100, "final": 200, "unlike": 300}  # of control prompts, wordings of the background, and noise
 WORDS = {  # the concepts described to the untrained model; the best description counts
     "cat": [
         "yellow cat with a purple outline and a green dot",
@@ -141,12 +149,13 @@ def parse_args():
     parser = argparse.ArgumentParser(description="Measure what the trainer teaches the embedded model.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="training seeds")
     parser.add_argument("--quick", action="store_true", help="20 steps and one seed, to see that it works")
-    parser.add_argument("--tuning", action="store_true", help="the prompts on which settings are chosen")
+    parser.add_argument("--prompts", choices=list(OPENINGS), default="final", help="the set that is judged")
     parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS), metavar="NAME", help="only these")
     parser.add_argument("--merge_flags", type=shlex.split, default=[], help="flags for scripts/merge.py, in one string")
     parser.add_argument("--cache_latents", type=int, nargs="+", metavar="K", help="compare cached latents, no more")
     parser.add_argument("--ranks", type=int, nargs="+", metavar="R", help="compare exported LoRAs, no more")
     parser.add_argument("--shared_background", action="store_true", help="compare masks and captions, no more")
+    parser.add_argument("--sheet", type=Path, metavar="PNG", help="draw cat and pot alone, together and joined there")
     parser.add_argument("flags", nargs="*", help="flags for the trainer, after --")
     args = parser.parse_args()
     if args.quick:
@@ -290,7 +299,7 @@ def export(name, seed, result, rank):
 
 def measures(folder, prompts, concepts, limits=False):
     """Draws and measures what a folder holds, unless that was done; with `limits` it is the base model."""
-    key = repr((BACKGROUNDS, OPENINGS, SEEDS, WORDS, NUM_IMAGES, NUM_CONTROLS)).encode()
+    key = repr((BACKGROUNDS[prompts], OPENINGS[prompts], SEEDS[prompts], WORDS, NUM_IMAGES, NUM_CONTROLS)).encode()
     file = folder / f"{prompts} {hashlib.sha256(key).hexdigest()[:6]}.json"
     if file.exists():
         return json.loads(file.read_text())
@@ -349,6 +358,25 @@ def render_instances(name, concept, backgrounds, cut_out=False, captions=False):
         if captions:
             phrase = world.where(background, random.Random(i))
             (folder / f"{i}.txt").write_text(f"photo of a {TOKENS[concept]} {concept.split()[-1]} {phrase}")
+
+
+def draw_sheet(folders, file):
+    """Draws cat and pot from the same noise: trained alone, together, and joined. `folders` has those by run."""
+    prompts = {"cat": ["on the grass", "on a gray background", "on a green background"]}
+    prompts["pot"] = ["on the beach", "on a gray background", "on a green background"]
+    prompts = {key: [f"photo of a {TOKENS[key]} {key} {where}" for where in value] for key, value in prompts.items()}
+    rows = {"alone": ["without prior", "pot without prior"]}
+    rows |= {"together": 2 * ["cat and pot"], "joined": 2 * ["cat and pot joined"]}
+    sheet = [draw_prompts([*prompts["cat"], *prompts["pot"]])]
+    for label, runs in rows.items():
+        images = []
+        for concept, run in zip(prompts, runs, strict=True):
+            pipeline, folder = load_pipeline(ROOT / "assets/model"), folders[run]
+            words = [token for token in TOKENS.values() if (folder / f"{token}.safetensors").exists()]
+            load_concept(pipeline, folder, words)
+            images += generate(pipeline, prompts[concept], seed=0)
+        sheet.append(draw_row(label, images))
+    stack(sheet).save(file)
 
 
 # ---------- Tables ----------------------------------------------------------------------------------------------
@@ -430,7 +458,7 @@ def main():
     """Runs everything, two or more processes side by side, and prints the tables."""
     args = parse_args()
     os.environ.update(ENVIRONMENT)
-    prompts, runs = "tuning" if args.tuning else "final", {name: RUNS[name] for name in args.runs}
+    prompts, runs = args.prompts, {name: RUNS[name] for name in args.runs}
     if args.cache_latents or args.ranks:
         runs = {"with prior": RUNS["with prior"]}
     if args.shared_background:
@@ -460,6 +488,8 @@ def main():
             asked = {"before": pool.submit(unasked_background, folder_of("base", 0), prompts, "cat")}
             asked |= {key: pool.submit(unasked_background, f, prompts, "<new1> cat") for key, f in folders.items()}
             unasked = {key: job.result() for key, job in asked.items()}
+    if args.sheet:
+        draw_sheet({name: folders[name, args.seeds[0]] for name in runs}, args.sheet)
     size = f"{NUM_IMAGES} pictures a prompt, {NUM_CONTROLS} of controls; "
     size += f"mean (smallest-largest) of {len(args.seeds)} training seeds."
     parts = [size, control_table(base, results.items())]

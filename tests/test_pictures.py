@@ -668,14 +668,17 @@ def test_masks_that_hide_everything_or_nothing(folders, cut_out, tmp_path):
             assert np.array_equal(masked[n][0]["mask"], plain[n][0]["mask"])
         colours, shown = pixels_of(masked[0][-1])
         assert (colours[shown] == (255 if more else (200, 10, 30))).all() and shown.any()
+        colours, shown = pixels_of(plain[0][-1])
+        assert (colours[shown] == 255).all(), "without the flag transparent parts are white"
 
 
 def test_trains_with_masks(sd1, cut_out, tmp_path):
     """The flag changes what is learned of a cut-out picture, and nothing of one without alpha."""
     values = {"pretrained_model_name_or_path": sd1, "instance_prompt": PROMPT, "modifier_token": "<new1>"}
     values |= {"learning_rate": 1e-2, "noaug": True}
-    cut, opaque, plain = (
+    cut, on_white, opaque, plain = (
         load_trained(fork(tmp_path / f"{name}{on}", instance_data_dir=cut_out / name, alpha_mask=str(on), **values))
-        for name, on in (("cut", True), ("opaque", True), ("opaque", False))
+        for name in ("cut", "opaque")
+        for on in (True, False)
     )
-    assert same_bits(opaque, plain) and not same_bits(cut, opaque)
+    assert same_bits(opaque, plain) and not same_bits(cut, opaque) and not same_bits(cut, on_white)
