@@ -318,21 +318,23 @@ def measures(folder, prompts, concepts, limits=False):
     return results
 
 
-def unasked_background(folder, prompts, thing):
-    """Share of pictures with SHARED_BACKGROUND where the prompt names none, of what a folder holds or the base model.
+def background_measures(folder, prompts):
+    """The cat's measures, and the share of SHARED_BACKGROUND where the prompt names no background.
 
-    Drawn and measured unless that was done.
+    Of what a folder holds or, if it holds nothing, of the base model. Drawn and measured unless that was done.
     """
-    file = folder / f"{prompts} unasked.json"
+    file = folder / f"{prompts} backgrounds.json"
     if not file.exists():
-        pipeline = load_pipeline(ROOT / "assets/model")
-        if (folder / f"{WEIGHTS_NAME}.safetensors").exists():
+        pipeline, is_trained = load_pipeline(ROOT / "assets/model"), (folder / f"{WEIGHTS_NAME}.safetensors").exists()
+        if is_trained:
             load_concept(pipeline, folder, [TOKENS["cat"]])
+        results = judge_thing(pipeline, folder, prompts, "cat", f"{TOKENS['cat']} cat")["cat"]
         openings = OPENINGS[prompts] * (2 * NUM_IMAGES // len(OPENINGS[prompts]))
+        thing = f"{TOKENS['cat']} cat" if is_trained else "cat"
         images = draw(pipeline, [opening.format(thing=thing) for opening in openings], SEEDS[prompts])
         show(folder / prompts, "no background asked for", images)
         found = [measure.measure(image)["background"] == SHARED_BACKGROUND for image in images]
-        file.write_text(json.dumps(float(np.mean(found))))
+        file.write_text(json.dumps(results | {"unasked": float(np.mean(found))}))
     return json.loads(file.read_text())
 
 
@@ -454,6 +456,18 @@ def words_table(trained):
     )
 
 
+def background_table(pool, folders, prompts):
+    """What masks and captions help where instance pictures share a background; `folders` by (run, seed)."""
+    names = ("colour", "layout", "background", "shape", "unasked")
+    jobs = {("before", 0): pool.submit(background_measures, folder_of("base", 0), prompts)}
+    jobs |= {key: pool.submit(background_measures, folder, prompts) for key, folder in folders.items()}
+    rows = []
+    for run in dict.fromkeys(name for name, _ in jobs):
+        found = [job.result() for (name, _), job in jobs.items() if name == run]
+        rows.append([run, *(span([results[name] for results in found]) for name in names)])
+    return table(["instance pictures", *names[:-1], f"{SHARED_BACKGROUND}, unasked"], rows)
+
+
 def main():
     """Runs everything, two or more processes side by side, and prints the tables."""
     args = parse_args()
@@ -467,12 +481,14 @@ def main():
         runs[f"{k} cached"] = (["cat"], [*WITH_PRIOR, "--cache_latents", str(k)])
     render_pictures()
     with ProcessPoolExecutor(min(4, os.cpu_count()), get_context("spawn")) as pool:
-        base = pool.submit(measures, folder_of("base", 0), prompts, list(TOKENS), limits=True)
         sources = {name for _, flags in runs.values() if flags[0] in RUNS for name in flags}
         trainings = {name: RUNS.get(name, runs.get(name))[1] for name in [*sources, *runs]}
         trainings = {name: [*flags, *args.flags] for name, flags in trainings.items() if flags[0] not in RUNS}
         jobs = {(n, seed): pool.submit(train, n, seed, trainings[n]) for seed in args.seeds for n in trainings}
         folders = {key: job.result() for key, job in jobs.items()}
+        if args.shared_background:
+            return print(background_table(pool, folders, prompts))
+        base = pool.submit(measures, folder_of("base", 0), prompts, list(TOKENS), limits=True)
         for name, (_, flags) in runs.items():
             for seed in args.seeds if name not in trainings else ():
                 results = [folders[source, seed] for source in flags]
@@ -483,11 +499,7 @@ def main():
                 folders[name, seed] = export(name, seed, folders["with prior", seed], rank)
         jobs = [(n, pool.submit(measures, folders[n, s], prompts, runs[n][0])) for s in args.seeds for n in runs]
         results = {name: [job.result() for other, job in jobs if other == name] for name in runs}
-        base, unasked = base.result(), {}
-        if args.shared_background:
-            asked = {"before": pool.submit(unasked_background, folder_of("base", 0), prompts, "cat")}
-            asked |= {key: pool.submit(unasked_background, f, prompts, "<new1> cat") for key, f in folders.items()}
-            unasked = {key: job.result() for key, job in asked.items()}
+        base = base.result()
     if args.sheet:
         draw_sheet({name: folders[name, args.seeds[0]] for name in runs}, args.sheet)
     size = f"{NUM_IMAGES} pictures a prompt, {NUM_CONTROLS} of controls; "
@@ -499,14 +511,9 @@ def main():
         found = [(name, judged) for name, judged in results.items() if concept in runs[name][0]]
         if found:
             parts += [concept_table(base, found, concept), leakage_table(base, found, concept)]
-    if unasked:
-        rows = [["before", span(unasked["before"])]]
-        rows += [[name, span([unasked[name, seed] for seed in args.seeds])] for name in runs]
-        parts.append(table(["no background asked for", f"share of {SHARED_BACKGROUND}"], rows))
     text = "\n\n".join(parts)
     print(text)
-    kinds = {"cached": args.cache_latents, "ranks": args.ranks, "backgrounds": args.shared_background, "runs": True}
-    name = f"{prompts} {next(kind for kind, asked in kinds.items() if asked)}"
+    name = f"{prompts} {'cached' if args.cache_latents else 'ranks' if args.ranks else 'runs'}"
     (ROOT / f"results/concept_learning/{name}.md").write_text(text + "\n")
 
 
