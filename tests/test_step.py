@@ -3,9 +3,11 @@
 Gradient checkpointing, freed gradients, compilation, cached latents, and the benchmark that compares them.
 """
 
+import importlib.util
 import json
 import os
 import re
+import shutil
 
 import pytest
 import torch
@@ -221,20 +223,57 @@ def test_other_number_on_resuming_is_refused(recorded, cached, tmp_path):
     assert line.startswith("error: --resume_from_checkpoint") and "cache_latents 3" in line and "2" in line
 
 
-# The benchmark
+# The benchmarks
 
 
 @pytest.mark.slow
-def test_benchmark():
-    """The benchmark's usual step does the work of the exact one; cached, the VAE's share of it is gone."""
-    script = ROOT / "benchmarks" / "step.py"
-    process = python(script, "--size=tiny", "--rounds=1", "--only=fp32$")
-    rows = json.loads((ROOT / "results" / "step" / "tiny.json").read_text())["tables"]["variants"]
-    usual, exact, cached = rows
-    assert usual["name"] == "usual fp32" and exact["name"] == "exact fp32" and cached["name"] == "cached fp32"
-    assert usual["flops"] == exact["flops"] > cached["flops"] > 0
+def test_benchmark(tmp_path):
+    """Another script's step is measured beside the trainer's: here a copy, which does the same work; cached, less."""
+    shutil.copy(SCRIPT, tmp_path / "another.py")
+    code = f"""if True:
+        import json, sys
+        sys.path.insert(0, {str(ROOT / "benchmarks")!r})
+        import step
+        setups = step.tables("tiny", {str(tmp_path / "another.py")!r})["variants"][:3]
+        rows = step.measure(setups, "tiny", 1, 1, ("checkpoint", "flops"))
+        step.print_table("variants", rows)
+        print(json.dumps(rows))"""
+    *table, rows = python(code).stdout.splitlines()
+    reference, exact, cached = rows = json.loads(rows)
+    assert [row["name"] for row in rows] == ["reference fp32", "exact fp32", "cached fp32"]
+    assert reference["flops"] == exact["flops"] > cached["flops"] > 0
     assert "VAE" in exact["parts"] and "VAE" not in cached["parts"]
+    assert reference["checkpoint"] is None and exact["checkpoint"] > 0
     for row in rows:
         assert len(row["times"]) == 1 and min(row["times"]) > 0
         assert min(row["parts"].values()) >= 0 and row["parts"]["rest"] > 0  # the parts are no more than the whole
-        assert f"| {row['name']} |" in process.stdout
+        assert any(line.startswith(f"| {row['name']} |") for line in table)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(importlib.util.find_spec("torchvision")), reason="torchvision is installed")
+def test_benchmark_without_torchvision():
+    said = python(ROOT / "benchmarks" / "step.py", "--size=tiny", "--rounds=1", "--only=cached fp32$", "--reference=x")
+    assert "The reference is left out: it needs torchvision." in said.stdout and "| cached fp32 |" in said.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there fp16 is supported")
+def test_benchmark_for_a_gpu():
+    """Its table, here of tiny models on a CPU, which it says; a row that fails says why, and the next one runs."""
+    process = python(ROOT / "benchmarks" / "gpu.py", "--size=tiny", "--only=XL|fp16|graphs")
+    first, _, head, _, xl, graphs, fp16 = process.stdout.splitlines()
+    assert first.endswith("there is no GPU here")
+    columns = head.count("|")
+    for line, name in ((xl, "XL, cached bf16, checkpointing"), (graphs, "cached bf16, graphs")):
+        assert re.fullmatch(rf"\| {name} \| \d \+ \d (\| [\d.]+[^|]* ){{6}}\|", line)
+    assert fp16.startswith("| cached fp16 | 2 + 2 | failed: error: --mixed_precision fp16")
+    assert {line.count("|") for line in (xl, graphs, fp16)} == {columns}
+    rows = json.loads((ROOT / "results" / "step" / "gpu.json").read_text())["rows"]
+    assert len(rows) == 2 and all(row["pictures"] > 0 and row["flops"] > 0 for row in rows)
+
+
+def test_benchmark_for_a_gpu_ends_in_time():
+    process = python(ROOT / "benchmarks" / "gpu.py", "--size=tiny", "--minutes=0")
+    rows = process.stdout.splitlines()[4:]
+    assert len(rows) == 10 and all("| failed: no time left |" in row for row in rows)
