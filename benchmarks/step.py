@@ -19,6 +19,7 @@ Models are kept in results/models, figures in results/step/<size>.json.
 import argparse
 import contextlib
 import functools
+import gc
 import importlib.util
 import itertools
 import json
@@ -62,8 +63,7 @@ class Size:
     blocks: int | tuple = 1  # of each of the UNet's transformers
 
 
-TINY_VAE, MID_VAE, VAE = (8, 8, 16, 16), (32, 64, 128, 128), (128, 256, 512, 512)
-MID = (64, 128, 256, 256)
+TINY_VAE, MID, MID_VAE, VAE = (8, 8, 16, 16), (64, 128, 256, 256), (32, 64, 128, 128), (128, 256, 512, 512)
 SIZES = {
     "tiny": Size(64, (32, 32), (32, 2, 4), TINY_VAE, layers=1, norm_groups=8),
     "tinyxl": Size(64, (32, 32), (32, 2, 4), TINY_VAE, layers=1, norm_groups=8, text_2=(32, 2, 4)),
@@ -169,6 +169,9 @@ def make_model(name):
     unfinished = folder.with_name(f".{name}")
     pipeline.to(torch.float16).save_pretrained(unfinished)
     unfinished.rename(folder)
+    del networks, pipeline
+    gc.collect()
+    torch.cuda.empty_cache()  # the rows need the memory
     return folder
 
 
