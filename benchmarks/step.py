@@ -460,9 +460,9 @@ def measure(setups, size, rounds, steps, more=()):
 # ---------- Tables ----------------------------------------------------------------------------------------------
 
 
-def spread(values):
+def spread(values, digits=3):
     """Median and range."""
-    return f"{statistics.median(values):.3f} ({min(values):.3f}-{max(values):.3f})"
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
 
 
 def share_of_limit(row):
@@ -559,7 +559,7 @@ def data(rounds):
             rates[kind][workers].append(80 / (time.perf_counter() - start))
     print("\ndata\n\n| draws a second | 0 workers | 2 workers | 4 workers |\n|" + 4 * " --- |")
     for kind, values in rates.items():
-        print(f"| {kind} | {' | '.join(map(spread, values.values()))} |")
+        print(f"| {kind} | {' | '.join(spread(rate, 0) for rate in values.values())} |")
     return rates
 
 
