@@ -160,6 +160,7 @@ def parse_args(input_args=None):
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: accelerate's configuration")
     add("--allow_tf32", **flag, help="TF32 matrix products on Ampere and later GPUs")
     add("--gradient_checkpointing", **flag, help="recompute activations: less memory, slower")
+    add("--channels_last", **flag, help="the UNet's convolutions in channels_last, which GPUs may do faster")
     add("--enable_xformers_memory_efficient_attention", **flag, help="attention by xformers (GPU)")
     add("--set_grads_to_none", **flag, help="free gradients between steps instead of zeroing them")
     add("--cache_latents", type=non_negative, default=0, help="so many augmentations of each picture, encoded once")
@@ -730,6 +731,8 @@ def build_models(args, accelerator, pipeline, tokens):
     if len(text_encoders) > 1 and accelerator.mixed_precision == "fp16" and vae.config.force_upcast:
         vae.float()  # SDXL's overflows in fp16
     model.to(accelerator.device)
+    if args.channels_last:
+        unet.to(memory_format=torch.channels_last)
     vae.to(accelerator.device, memory_format=torch.channels_last)  # what its convolutions like best
     if accelerator.device.type == "cpu":
         vae.enable_slicing()  # there a picture at a time is faster, and takes less memory
@@ -999,7 +1002,8 @@ def main(args):
     dataloader = build_dataloader(args, accelerator, dataset, args.train_batch_size, draws)
     model, optimizer, dataloader = accelerator.prepare(model, optimizer, dataloader)
     if accelerator.state.dynamo_plugin.backend.value != "NO":
-        check_compiled(accelerator, model, vae, noise_scheduler, collate_fn([dataset[0]]), list(trained.values()))
+        batch = collate_fn([dataset[i] for i in range(args.train_batch_size)])  # of another size it would recompile
+        check_compiled(accelerator, model, vae, noise_scheduler, batch, list(trained.values()))
     repository = start_reporting(args, accelerator)
     if accelerator.is_main_process:
         checkpoints.claim_folder()

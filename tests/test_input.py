@@ -129,7 +129,7 @@ def test_defaults():
 
 
 BOOLEANS = """with_prior_preservation real_prior center_crop hflip noaug scale_lr use_8bit_adam allow_tf32
-    gradient_checkpointing enable_xformers_memory_efficient_attention set_grads_to_none push_to_hub
+    gradient_checkpointing channels_last enable_xformers_memory_efficient_attention set_grads_to_none push_to_hub
     no_safe_serialization"""
 
 
