@@ -3,7 +3,6 @@
 
     python benchmarks/step.py [--size mid] [--tables variants memory growth processes data startup] [--rounds 9]
     python benchmarks/step.py --reference train_custom_diffusion_of_diffusers.py
-    python benchmarks/step.py --plot results/step/mid.json assets/step.png
 
 Each row is a process of its own that runs a script's `main` on a model with random weights (made from a config, so
 nothing is downloaded) and stops between steps until it is its turn: rows are compared interleaved, a step or a few at a
@@ -563,30 +562,6 @@ def data(rounds):
     return rates
 
 
-def plot(source, target):
-    """Draws the parts of the variants' steps as stacked bars."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    report = json.loads(Path(source).read_text())
-    rows = report["tables"]["variants"]
-    figure, axes = pyplot.subplots(figsize=(9, 3.6), layout="constrained")
-    names, left = [row["name"] for row in rows], np.zeros(len(rows))
-    # parts are measured apart from the whole; they are shown as shares of the median step
-    scale = [statistics.median(row["times"]) / sum(row["parts"].values()) for row in rows]
-    for part in PARTS:
-        widths = np.array([row["parts"].get(part, 0) for row in rows]) * scale
-        axes.barh(names, widths, left=left, label=part)
-        left += widths
-    axes.invert_yaxis()
-    axes.set_xlabel(f"seconds a step, {report['size']}, batch 2 + 2, {report['device']}")
-    axes.legend(ncols=4, fontsize="small", frameon=False, loc="lower right")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(target, dpi=120)
-
-
 def describe_device():
     """Name of the GPU, or the processor's with its number of cores."""
     import torch
@@ -608,14 +583,11 @@ def parse_args():
     parser.add_argument("--only", help="regular expression: rows whose name it matches")
     parser.add_argument("--rounds", type=int, default=9, help="how often each row has its turn")
     parser.add_argument("--steps", type=int, default=1, help="steps a turn; on a GPU some 20")
-    parser.add_argument("--plot", nargs=2, metavar=("JSON", "PNG"), help="draw an earlier run's variants, no more")
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
-    if args.plot:
-        return plot(*args.plot)
     import torch
 
     device, version = describe_device(), torch.__version__
