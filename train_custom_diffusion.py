@@ -136,6 +136,7 @@ def parse_args(input_args=None):
     add("--center_crop", **flag, help="cut pictures to a centred square first")
     add("--hflip", **flag, help="mirror half of the pictures")
     add("--noaug", **flag, help="no scale augmentation of the instance pictures")
+    add("--alpha_mask", **flag, help="the alpha channel of an instance picture masks the loss")
     add = parser.add_argument_group("training").add_argument
     add("--train_batch_size", type=positive, default=4, help="instance pictures per device and micro-batch")
     add("--gradient_accumulation_steps", type=positive, default=1, help="micro-batches per optimizer step")
@@ -159,6 +160,7 @@ def parse_args(input_args=None):
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: accelerate's configuration")
     add("--allow_tf32", **flag, help="TF32 matrix products on Ampere and later GPUs")
     add("--gradient_checkpointing", **flag, help="recompute activations: less memory, slower")
+    add("--channels_last", **flag, help="the UNet's convolutions in channels_last, which GPUs may do faster")
     add("--enable_xformers_memory_efficient_attention", **flag, help="attention by xformers (GPU)")
     add("--set_grads_to_none", **flag, help="free gradients between steps instead of zeroing them")
     add("--cache_latents", type=non_negative, default=0, help="so many augmentations of each picture, encoded once")
@@ -258,7 +260,7 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclasses.dataclass
 class Concept:
-    """One concept: its instance prompt and pictures, its class, and (picture, caption) pairs of the class."""
+    """One concept: its instance prompt and class, and (picture, caption) pairs of the instance and of the class."""
 
     instance_prompt: str
     instance_images: list
@@ -275,7 +277,8 @@ def read_concepts(args):
         fail(f"--output_dir {args.output_dir}", f"{existing} is not a folder that can be written to; give another")
     for entry in read_concepts_list(args) if args.concepts_list else [vars(args)]:
         folder = Path(entry["instance_data_dir"]).expanduser()
-        concept = Concept(entry["instance_prompt"], find_images(folder, "instance_data_dir"))
+        files, prompt = find_images(folder, "instance_data_dir"), entry["instance_prompt"]
+        concept = Concept(prompt, [(file, read_caption(file, prompt)) for file in files])
         if not concept.instance_images:
             fail(f"instance_data_dir {folder}", "no pictures in it; put 3 to 20 there")
         folders = [folder.resolve(), output_dir]
@@ -290,7 +293,7 @@ def read_concepts(args):
     classes = {(str(c.class_data_dir), c.class_prompt) for c in concepts}
     if len({folder for folder, _ in classes}) < len(classes) and not args.real_prior:
         fail("class_data_dir", f"the same for different class prompts; give each class its own: {sorted(classes)}")
-    for file in {file: None for c in concepts for file in c.instance_images + [file for file, _ in c.class_images]}:
+    for file in {file: None for c in concepts for file, _ in c.instance_images + c.class_images}:
         with failing_as(file, "not a readable picture: repair or remove it"):
             load_picture(file)
     return concepts
@@ -346,10 +349,18 @@ def find_images(folder, name):
     return [file for file in files if file.suffix.lower() in known]
 
 
-def load_picture(file, least=math.inf):
+def read_caption(image, default):
+    """The text of the .txt beside a picture, on one line, or the default if there is none."""
+    file = image.with_suffix(".txt")
+    with failing_as(file, "give a caption in UTF-8, or remove it"):
+        return " ".join(file.read_text("utf-8-sig").split()) if file.exists() else default
+
+
+def load_picture(file, least=math.inf, keep_alpha=False):
     """Decodes a picture to upright RGB: sRGB, 8 bits, alpha on white, reduced as far as its shorter side allows.
 
-    Returns it with its size in the file, (width, height).
+    With `keep_alpha` it shows the colours under the alpha and has that as the X of RGBX, which no resizing multiplies
+    into the colours; at least 1, as 0 means an empty canvas. Returns the picture and its size in the file.
     """
     with Image.open(file) as image:
         image, profile = ImageOps.exif_transpose(image), image.info.get("icc_profile")
@@ -362,9 +373,14 @@ def load_picture(file, least=math.inf):
             srgb, mode = ImageCms.createProfile("sRGB"), "RGBA" if image.mode == "RGBA" else "RGB"
             with contextlib.suppress(ImageCms.PyCMSError, OSError):  # a broken profile is as good as none
                 image = ImageCms.profileToProfile(image, io.BytesIO(profile), srgb, outputMode=mode)
-        if image.mode == "RGBA":
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB").reduce(max(1, int(min(image.size) // least))), image.size  # by a whole number
+        if image.mode != "RGBA":
+            image = image.convert("RGB")
+        elif keep_alpha:
+            *colours, alpha = image.split()
+            image = Image.merge("RGBX", (*colours, alpha.point(lambda value: max(value, 1))))
+        else:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        return image.reduce(max(1, int(min(image.size) // least))), image.size  # by a whole number
 
 
 def draw_scale(size, rng):
@@ -377,7 +393,7 @@ def draw_scale(size, rng):
 def place_instance(image, scale, size, factor, rng):
     """Puts an instance picture at `scale` pixels on a transparent size x size canvas, or cuts a window out of it.
 
-    Returns RGBA pixels (size, size, 4), the window's corner (top, left) or None, and the loss mask (size/factor,
+    Returns RGBX pixels (size, size, 4), the window's corner (top, left) or None, and the loss mask (size/factor,
     size/factor): 1 strictly inside the picture, or everywhere in a window. The guide's script squeezes pictures to a
     square, here the longer side is at the scale.
     """
@@ -388,7 +404,7 @@ def place_instance(image, scale, size, factor, rng):
     image = image.resize((width, height), Image.Resampling.BILINEAR)
     left, top = int(rng.integers(size - width + 1)), int(rng.integers(size - height + 1))
     pixels = np.zeros((size, size, 4), np.uint8)
-    pixels[top : top + height, left : left + width] = image.convert("RGBA")
+    pixels[top : top + height, left : left + width] = image.convert("RGBX")
     mask[inner_cells(top, height, factor), inner_cells(left, width, factor)] = 1
     return pixels, None, mask
 
@@ -401,11 +417,11 @@ def inner_cells(start, length, factor):
 
 
 def random_window(image, scale, size, rng):
-    """Random window of an image resized to `scale` on its shorter side: RGBA (size, size, 4), uint8; (top, left)."""
+    """Random window of an image resized to `scale` on its shorter side: RGBX (size, size, 4), uint8; (top, left)."""
     width, height = (round(length * scale / min(image.size)) for length in image.size)
     left, top = int(rng.integers(width - size + 1)), int(rng.integers(height - size + 1))
     image = image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
-    return np.asarray(image.convert("RGBA")), (top, left)
+    return np.asarray(image.convert("RGBX")), (top, left)
 
 
 @dataclasses.dataclass
@@ -426,11 +442,12 @@ class CustomDiffusionDataset(Dataset):
     seed: int
     center_crop: bool
     hflip: bool
+    alpha_mask: bool
     aug: bool  # whether instance pictures are scaled, and their prompts say so
     cache: dict | None = None  # from `cache_latents`: arrays that samples then take rows of
 
     def __post_init__(self):
-        self.instances = [(file, c.instance_prompt) for c in self.concepts for file in c.instance_images]
+        self.instances = [pair for c in self.concepts for pair in c.instance_images]
         self.classes = [pair for c in self.concepts for pair in c.class_images]
         self.epoch_length = max(len(self.instances), len(self.classes))
         self.decoded = {}  # the first 64 instance pictures: a phone's take longer to decode than a step takes
@@ -465,14 +482,15 @@ class CustomDiffusionDataset(Dataset):
         }
 
     def preprocess(self, picture, rng):
-        """One augmentation of a picture: pixels (4, size, size) uint8 RGBA, mask (1, h, w), input_ids (tokens,).
+        """One augmentation of a picture: pixels (4, size, size) uint8 RGBX, mask (1, h, w), input_ids (tokens,).
 
+        X is 0 on an empty canvas; with --alpha_mask it is the alpha, whose mean over a cell is a factor of the mask.
         For SDXL also input_ids_2 (tokens,) and time_ids (6,): height and width of the original, top and left of the
         window in the resized picture, height and width of the result. A picture on a canvas has what inference uses.
         """
         file, prompt = (self.instances + self.classes)[picture]
         is_instance, size, cells = picture < len(self.instances), self.size, self.latent_shape[1]
-        image, original = self.decoded.get(file) or load_picture(file, least=2 * size)
+        image, original = self.decoded.get(file) or load_picture(file, 2 * size, self.alpha_mask and is_instance)
         if is_instance and len(self.decoded) < 64:
             self.decoded[file] = image, original
         if self.hflip and rng.random() < 0.5:
@@ -482,6 +500,10 @@ class CustomDiffusionDataset(Dataset):
         if is_instance:
             scale = draw_scale(size, rng) if self.aug else size
             pixels, corner, mask = place_instance(image, scale, size, size // cells, rng)
+            if image.mode == "RGBX":  # with an alpha
+                alpha = (pixels[..., 3].reshape(cells, size // cells, cells, -1).mean((1, 3)) - 1) / 254  # of 1 to 255
+                masked = mask * alpha.clip(0).astype(np.float32)
+                mask = masked if masked.any() else mask
             if scale < 0.6 * size:
                 prompt = FAR_PREFIXES[rng.integers(2)] + prompt
             elif scale > size:
@@ -651,17 +673,18 @@ def add_modifier_tokens(tokenizer, args):
 
 def check_instance_prompts(tokenizer, concepts, args):
     """Fails if the tokenizer would cut an instance prompt, or does not find the modifier tokens in the prompts."""
-    tokens, limit, seen = modifier_tokens(args), tokenizer.model_max_length, set()
-    for concept in concepts:
-        prompt = concept.instance_prompt if args.noaug else FAR_PREFIXES[0] + concept.instance_prompt
-        found = tokenizer.convert_ids_to_tokens(tokenizer(prompt).input_ids)
+    tokens, limit, trained = modifier_tokens(args), tokenizer.model_max_length, set()
+    prompts = {file.with_suffix(".txt"): prompt for c in concepts for file, prompt in c.instance_images}
+    for source, prompt in [("instance_prompt", c.instance_prompt) for c in concepts] + list(prompts.items()):
+        longest = prompt if args.noaug else FAR_PREFIXES[0] + prompt
+        found = tokenizer.convert_ids_to_tokens(tokenizer(longest).input_ids)
         if len(found) > limit:
-            fail(f"instance_prompt {prompt!r}", f"{len(found)} tokens; shorten it to {limit}, which the model reads")
+            fail(f"{source} {longest!r}", f"{len(found)} tokens; shorten it to {limit}, which the model reads")
         if tokens and not set(tokens) & set(found):
-            fail(f"instance_prompt {concept.instance_prompt!r}", f"none of {tokens} found in it; add one, set apart")
-        seen.update(found)
-    for token in set(tokens) - seen:
-        fail(f"--modifier_token {token!r}", "in no instance_prompt, so it would learn nothing; use or drop it")
+            fail(f"{source} {prompt!r}", f"none of {tokens} found in it; add one, set apart")
+        trained.update(found if prompt in prompts.values() else ())
+    for token in set(tokens) - trained:
+        fail(f"--modifier_token {token!r}", "in no instance prompt, so it would learn nothing; use or drop it")
 
 
 def add_attention_processors(unet, freeze_model, use_xformers=False):
@@ -708,6 +731,8 @@ def build_models(args, accelerator, pipeline, tokens):
     if len(text_encoders) > 1 and accelerator.mixed_precision == "fp16" and vae.config.force_upcast:
         vae.float()  # SDXL's overflows in fp16
     model.to(accelerator.device)
+    if args.channels_last:
+        unet.to(memory_format=torch.channels_last)
     vae.to(accelerator.device, memory_format=torch.channels_last)  # what its convolutions like best
     if accelerator.device.type == "cpu":
         vae.enable_slicing()  # there a picture at a time is faster, and takes less memory
@@ -890,8 +915,8 @@ def check_compiled(accelerator, model, vae, noise_scheduler, batch, parameters):
 
 @torch.no_grad()
 def encode(vae, pixels):
-    """RGBA (batch, 4, S, S), uint8 -> mean and std of the VAE's posterior, (batch, channels, h, w)."""
-    pixel_values = torch.where(pixels[:, 3:] > 0, pixels[:, :3] / 127.5 - 1, 0)  # mid-grey where it is transparent
+    """RGBX (batch, 4, S, S), uint8 -> mean and std of the VAE's posterior, (batch, channels, h, w)."""
+    pixel_values = torch.where(pixels[:, 3:] > 0, pixels[:, :3] / 127.5 - 1, 0)  # mid-grey where the canvas is empty
     posterior = vae.encode(pixel_values.to(vae.dtype)).latent_dist
     # contiguous, as everything else in a batch: the order in memory decides the last bits of sums
     return tuple(values.float().contiguous() for values in (posterior.mean, posterior.std))
@@ -962,6 +987,7 @@ def main(args):
         seed=args.seed,
         center_crop=args.center_crop,
         hflip=args.hflip,
+        alpha_mask=args.alpha_mask,
         aug=not args.noaug,
     )
     if args.cache_latents:
@@ -976,7 +1002,8 @@ def main(args):
     dataloader = build_dataloader(args, accelerator, dataset, args.train_batch_size, draws)
     model, optimizer, dataloader = accelerator.prepare(model, optimizer, dataloader)
     if accelerator.state.dynamo_plugin.backend.value != "NO":
-        check_compiled(accelerator, model, vae, noise_scheduler, collate_fn([dataset[0]]), list(trained.values()))
+        batch = collate_fn([dataset[i] for i in range(args.train_batch_size)])  # of another size it would recompile
+        check_compiled(accelerator, model, vae, noise_scheduler, batch, list(trained.values()))
     repository = start_reporting(args, accelerator)
     if accelerator.is_main_process:
         checkpoints.claim_folder()
@@ -1055,8 +1082,9 @@ def print_summary(accelerator, args, concepts, trained, starts, max_train_steps,
     words = "".join(f" and {word} (from {row})" for word, row in zip(modifier_tokens(args), starts, strict=True))
     accelerator.print(f"Training {count:,} parameters: {args.freeze_model}{words}")
     for concept in concepts:
-        counts = f"{len(concept.instance_images)} pictures, {len(concept.class_images)} class pictures"
-        accelerator.print(f"  {concept.instance_prompt!r}: {counts}")
+        captions = sum(prompt != concept.instance_prompt for _, prompt in concept.instance_images)
+        counts = f"{len(concept.instance_images)} pictures" + (f" ({captions} with captions)" if captions else "")
+        accelerator.print(f"  {concept.instance_prompt!r}: {counts}, {len(concept.class_images)} class pictures")
     machine = f"{accelerator.num_processes} process(es), {accelerator.device.type}"
     accelerator.print(f"  {max_train_steps} steps of {samples_per_step} instance pictures on {machine}")
 
@@ -1168,7 +1196,7 @@ class Checkpoints:
         self.unfinished, self.trash = (self.output_dir / f".{word}-checkpoint" for word in ("unfinished", "deleted"))
         # what decides on weights and draws; any number of processes may share the samples of a step
         names = ("modifier_token", "initializer_token", "freeze_model", "resolution", "center_crop", "hflip", "noaug",
-                 "with_prior_preservation", "prior_loss_weight", "cache_latents", "seed")  # fmt: skip
+                 "alpha_mask", "with_prior_preservation", "prior_loss_weight", "cache_latents", "seed")  # fmt: skip
         self.settings = {name: getattr(args, name) for name in names} | {"samples_per_step": samples_per_step}
         self.settings["concepts"] = [[c.instance_prompt, len(c.instance_images), len(c.class_images)] for c in concepts]
         self.settings["base_model"] = hashlib.sha256(serialize(attention_state_dict(pipeline.unet))).hexdigest()[:16]

@@ -2,18 +2,21 @@
 """Measures what the trainer teaches the embedded model, and what it spoils; prints the tables of docs/measurements.md.
 
     python benchmarks/concept_learning.py [--seeds 0 1 2] [--quick] [-- --max_train_steps 400]
-    python benchmarks/concept_learning.py --runs "without prior" "cat kept apart" --tuning --merge_flags="--weight 30"
+    python benchmarks/concept_learning.py --runs "cat kept apart" --prompts tuning --merge_flags="--weight 30"
     python benchmarks/concept_learning.py --cache_latents 1 2 4
     python benchmarks/concept_learning.py --ranks 4 8 16 32
+    python benchmarks/concept_learning.py --shared_background
     python benchmarks/concept_learning.py --model assets/model-xl --runs "with prior" "without prior" "cat kept apart"
 
 Trains in processes of their own, as a user does, with the quickstart's flags (flags after `--` are added to them), once
 per seed; scripts/merge.py then joins the results, or keeps one apart. The pictures are judged by tools/measure.py,
-which knows colours and places and has no learned part. There are two disjoint sets of prompts and backgrounds, neither
-among the instance pictures: settings were chosen on "tuning", the tables come from "final". Before and after start from
-the same noise. --cache_latents compares the cat with prior preservation as it is with that on so many fixed
-augmentations of each picture, --ranks with that exported as LoRAs. Everything lies in results/concept_learning; an
-interrupted run goes on where it stopped.
+which knows colours and places and has no learned part. There are disjoint sets of prompts and backgrounds, none among
+the instance pictures: settings were chosen on "tuning", the tables come from "final", and the prompts of "unlike" begin
+as none of merge.py's do. Before and after start from the same noise. --cache_latents compares the cat with prior
+preservation as it is with that on so many fixed augmentations of each picture, --ranks with that exported as LoRAs.
+--shared_background compares what helps if all five pictures of the cat have the same background. --sheet also draws cat
+and pot alone, together and joined. Everything lies in results/concept_learning; an interrupted run goes on where it
+stopped.
 """
 
 import argparse
@@ -37,7 +40,7 @@ sys.path += [str(ROOT / "tools"), str(ROOT / "examples")]
 # ruff: noqa: E402
 import measure
 import world
-from before_after import WEIGHTS_NAME, generate, load_concept, load_pipeline, load_word
+from before_after import WEIGHTS_NAME, draw_prompts, draw_row, generate, load_concept, load_pipeline, load_word, stack
 
 # The flags of examples/quickstart.sh; paths are relative to the repository.
 MODEL = ["--pretrained_model_name_or_path", "assets/model"]
@@ -72,8 +75,23 @@ RUNS = {  # name: (concepts, flags of a training or results that are merged)
     ),
 }
 
+SHARED_BACKGROUND = "beach"
+SHARED_RUNS = {  # of --shared_background
+    "without prior": RUNS["without prior"],
+    **{
+        name: (["cat"], [*QUICKSTART, "--instance_data_dir", f"results/{folder}", *flags])
+        for name, folder, flags in (
+            ("five backgrounds, captions", "cat_with_captions", []),
+            ("one background", "cat_at_the_beach", []),
+            ("one background, masks", "cat_at_the_beach_cut_out", ["--alpha_mask"]),
+            ("one background, captions", "cat_at_the_beach_with_captions", []),
+        )
+    },
+}
+
 TOKENS = {"cat": "<new1>", "pot": "<new2>", "banded cat": "<new3>"}  # the last word of a concept is its class
-BANDED_BACKGROUNDS = ["blue", "yellow", "black", "beach", "night"]  # of its instance pictures
+INSTANCE_BACKGROUNDS = {"cat": ["blue", "white", "beach", "black", "night"]}  # as in assets/instance
+INSTANCE_BACKGROUNDS["banded cat"] = ["blue", "yellow", "black", "beach", "night"]
 BACKGROUNDS = {
     "tuning": {"cat": ["orange", "pink"], "pot": ["pink", "night"], "banded cat": ["orange", "grass"]},
     "final": {
@@ -85,8 +103,15 @@ BACKGROUNDS = {
 OPENINGS = {
     "tuning": ["photo of a {thing}", "a picture of a {thing}"],
     "final": ["photo of a {thing}", "a photo of a {thing}", "a {thing}", "photo of a big {thing}"],
+    "unlike": [
+        "yesterday I saw a {thing}",
+        "a picture of a huge {thing}",
+        "here is the {thing} again",
+        "look, one more {thing}",
+    ],
 }
-SEEDS = {"tuning": 100, "final": 200}  # of control prompts, wordings of the background, and noise
+BACKGROUNDS["unlike"] = BACKGROUNDS["final"]
+SEEDS = {"tuning": 100, "final": 200, "unlike": 300}  # of control prompts, wordings of the background, and noise
 WORDS = {  # the concepts described to the untrained model; the best description counts
     "cat": [
         "yellow cat with a purple outline and a green dot",
@@ -125,11 +150,13 @@ def parse_args():
     parser = argparse.ArgumentParser(description="Measure what the trainer teaches the embedded model.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="training seeds")
     parser.add_argument("--quick", action="store_true", help="20 steps and one seed, to see that it works")
-    parser.add_argument("--tuning", action="store_true", help="the prompts on which settings are chosen")
+    parser.add_argument("--prompts", choices=list(OPENINGS), default="final", help="the set that is judged")
     parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS), metavar="NAME", help="only these")
     parser.add_argument("--merge_flags", type=shlex.split, default=[], help="flags for scripts/merge.py, in one string")
     parser.add_argument("--cache_latents", type=int, nargs="+", metavar="K", help="compare cached latents, no more")
     parser.add_argument("--ranks", type=int, nargs="+", metavar="R", help="compare exported LoRAs, no more")
+    parser.add_argument("--shared_background", action="store_true", help="compare masks and captions, no more")
+    parser.add_argument("--sheet", type=Path, metavar="PNG", help="draw cat and pot alone, together and joined there")
     parser.add_argument("--model", default=MODEL[1], help="another base model that draws the same world")
     parser.add_argument("flags", nargs="*", help="flags for the trainer, after --")
     args = parser.parse_args()
@@ -279,7 +306,7 @@ def export(name, seed, result, rank):
 
 def measures(folder, prompts, concepts, limits=False):
     """Draws and measures what a folder holds, unless that was done; with `limits` it is the base model."""
-    key = repr((BACKGROUNDS, OPENINGS, SEEDS, WORDS, NUM_IMAGES, NUM_CONTROLS)).encode()
+    key = repr((BACKGROUNDS[prompts], OPENINGS[prompts], SEEDS[prompts], WORDS, NUM_IMAGES, NUM_CONTROLS)).encode()
     file = folder / f"{prompts} {hashlib.sha256(key).hexdigest()[:6]}.json"
     if file.exists():
         return json.loads(file.read_text())
@@ -297,12 +324,67 @@ def measures(folder, prompts, concepts, limits=False):
     return results
 
 
-def render_banded_cat():
-    """Renders the instance pictures of the concept that assets/instance lacks."""
-    folder, rng = ROOT / "results/banded_cat", random.Random("0 banded cat")
+def background_measures(folder, prompts):
+    """The cat's measures, and the share of SHARED_BACKGROUND where the prompt names no background.
+
+    Of what a folder holds or, if it holds nothing, of the base model. Drawn and measured unless that was done.
+    """
+    file = folder / f"{prompts} backgrounds.json"
+    if not file.exists():
+        pipeline, is_trained = load_pipeline(ROOT / MODEL[1]), (folder / f"{WEIGHTS_NAME}.safetensors").exists()
+        if is_trained:
+            load_concept(pipeline, folder, [TOKENS["cat"]])
+        results = judge_thing(pipeline, folder, prompts, "cat", f"{TOKENS['cat']} cat")["cat"]
+        openings = OPENINGS[prompts] * (2 * NUM_IMAGES // len(OPENINGS[prompts]))
+        thing = f"{TOKENS['cat']} cat" if is_trained else "cat"
+        images = draw(pipeline, [opening.format(thing=thing) for opening in openings], SEEDS[prompts])
+        show(folder / prompts, "no background asked for", images)
+        found = [measure.measure(image)["background"] == SHARED_BACKGROUND for image in images]
+        file.write_text(json.dumps(results | {"unasked": float(np.mean(found))}))
+    return json.loads(file.read_text())
+
+
+def render_pictures():
+    """Renders the instance pictures that assets/instance lacks."""
+    at_the_beach = [SHARED_BACKGROUND] * 5
+    render_instances("banded_cat", "banded cat", INSTANCE_BACKGROUNDS["banded cat"])
+    render_instances("cat_with_captions", "cat", INSTANCE_BACKGROUNDS["cat"], captions=True)
+    render_instances("cat_at_the_beach", "cat", at_the_beach)
+    render_instances("cat_at_the_beach_cut_out", "cat", at_the_beach, cut_out=True)
+    render_instances("cat_at_the_beach_with_captions", "cat", at_the_beach, captions=True)
+
+
+def render_instances(name, concept, backgrounds, cut_out=False, captions=False):
+    """Renders pictures of a concept, with the object as their alpha channel, or captions that name the background."""
+    folder, rng = ROOT / "results" / name, random.Random(f"0 {concept}")
     folder.mkdir(parents=True, exist_ok=True)
-    for i, background in enumerate(BANDED_BACKGROUNDS):
-        world.render_concept("banded cat", background, rng)[0].save(folder / f"{i}.png")
+    for i, background in enumerate(backgrounds):
+        image, attributes = world.render_concept(concept, background, rng)
+        if cut_out:
+            image.putalpha(world.draw_mask(attributes).resize(image.size))
+        image.save(folder / f"{i}.png")
+        if captions:
+            phrase = world.where(background, random.Random(i))
+            (folder / f"{i}.txt").write_text(f"photo of a {TOKENS[concept]} {concept.split()[-1]} {phrase}")
+
+
+def draw_sheet(folders, file):
+    """Draws cat and pot from the same noise: trained alone, together, and joined. `folders` has those by run."""
+    prompts = {"cat": ["on the grass", "on a gray background", "on a green background"]}
+    prompts["pot"] = ["on the beach", "on a gray background", "on a green background"]
+    prompts = {key: [f"photo of a {TOKENS[key]} {key} {where}" for where in value] for key, value in prompts.items()}
+    rows = {"alone": ["without prior", "pot without prior"]}
+    rows |= {"together": 2 * ["cat and pot"], "joined": 2 * ["cat and pot joined"]}
+    sheet = [draw_prompts([*prompts["cat"], *prompts["pot"]])]
+    for label, runs in rows.items():
+        images = []
+        for concept, run in zip(prompts, runs, strict=True):
+            pipeline, folder = load_pipeline(ROOT / MODEL[1]), folders[run]
+            words = [token for token in TOKENS.values() if (folder / f"{token}.safetensors").exists()]
+            load_concept(pipeline, folder, words)
+            images += generate(pipeline, prompts[concept], seed=0)
+        sheet.append(draw_row(label, images))
+    stack(sheet).save(file)
 
 
 # ---------- Tables ----------------------------------------------------------------------------------------------
@@ -380,24 +462,40 @@ def words_table(trained):
     )
 
 
+def background_table(pool, folders, prompts):
+    """What masks and captions help where instance pictures share a background; `folders` by (run, seed)."""
+    names = ("colour", "layout", "background", "shape", "unasked")
+    jobs = {("before", 0): pool.submit(background_measures, folder_of("base", 0), prompts)}
+    jobs |= {key: pool.submit(background_measures, folder, prompts) for key, folder in folders.items()}
+    rows = []
+    for run in dict.fromkeys(name for name, _ in jobs):
+        found = [job.result() for (name, _), job in jobs.items() if name == run]
+        rows.append([run, *(span([results[name] for results in found]) for name in names)])
+    return table(["instance pictures", *names[:-1], f"{SHARED_BACKGROUND}, unasked"], rows)
+
+
 def main():
     """Runs everything, two or more processes side by side, and prints the tables."""
     args = parse_args()
     os.environ.update(ENVIRONMENT)
-    prompts, runs = "tuning" if args.tuning else "final", {name: RUNS[name] for name in args.runs}
+    prompts, runs = args.prompts, {name: RUNS[name] for name in args.runs}
     if args.cache_latents or args.ranks:
         runs = {"with prior": RUNS["with prior"]}
+    if args.shared_background:
+        runs = SHARED_RUNS
     for k in args.cache_latents or ():
         runs[f"{k} cached"] = (["cat"], [*WITH_PRIOR, "--cache_latents", str(k)])
-    render_banded_cat()
+    render_pictures()
     use_model(args.model)
     with ProcessPoolExecutor(min(4, os.cpu_count()), get_context("spawn"), use_model, (args.model,)) as pool:
-        base = pool.submit(measures, folder_of("base", 0), prompts, list(TOKENS), limits=True)
         sources = {name for _, flags in runs.values() if flags[0] in RUNS for name in flags}
         trainings = {name: RUNS.get(name, runs.get(name))[1] for name in [*sources, *runs]}
         trainings = {name: [*flags, *args.flags] for name, flags in trainings.items() if flags[0] not in RUNS}
         jobs = {(n, seed): pool.submit(train, n, seed, trainings[n]) for seed in args.seeds for n in trainings}
         folders = {key: job.result() for key, job in jobs.items()}
+        if args.shared_background:
+            return print(background_table(pool, folders, prompts))
+        base = pool.submit(measures, folder_of("base", 0), prompts, list(TOKENS), limits=True)
         for name, (_, flags) in runs.items():
             for seed in args.seeds if name not in trainings else ():
                 results = [folders[source, seed] for source in flags]
@@ -409,6 +507,8 @@ def main():
         jobs = [(n, pool.submit(measures, folders[n, s], prompts, runs[n][0])) for s in args.seeds for n in runs]
         results = {name: [job.result() for other, job in jobs if other == name] for name in runs}
         base = base.result()
+    if args.sheet:
+        draw_sheet({name: folders[name, args.seeds[0]] for name in runs}, args.sheet)
     size = f"{NUM_IMAGES} pictures a prompt, {NUM_CONTROLS} of controls; "
     size += f"mean (smallest-largest) of {len(args.seeds)} training seeds."
     parts = [size, control_table(base, results.items())]

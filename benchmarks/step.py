@@ -1,24 +1,26 @@
 #!/usr/bin/env python3
 """Measures a training step: time, its parts, memory, and how far it is from what the machine can do.
 
-    python benchmarks/step.py [--size mid] [--tables variants memory growth processes startup] [--rounds 9]
-    python benchmarks/step.py --plot results/step/mid.json assets/step.png
+    python benchmarks/step.py [--size mid] [--tables variants memory growth processes data startup] [--rounds 9]
+    python benchmarks/step.py --reference train_custom_diffusion_of_diffusers.py
 
-Each row is a process of its own that runs the trainer's `main` on a model with random weights (made from a config,
-so nothing is downloaded) and stops between steps until it is its turn: rows are compared interleaved, a step or a
-few at a time, and while one runs the others wait. "usual" is the same step as scripts usually do it: the whole
-embedding table in AdamW, its gradient's mask made anew at each step, the VAE called with autograd on and in NCHW, the
-loss read back after each step. "exact" is the trainer's default, "cached" has --cache_latents.
+Each row is a process of its own that runs a script's `main` on a model with random weights (made from a config, so
+nothing is downloaded) and stops between steps until it is its turn: rows are compared interleaved, a step or a few at a
+time, and while one runs the others wait. "exact" is the trainer's default, "cached" has --cache_latents, "reference" is
+the example script of diffusers, examples/custom_diffusion/train_custom_diffusion.py, unchanged.
 
 Sizes: tiny, to see that it works; mid, for a CPU, with 8 attention heads as Stable Diffusion 1.x has; mid2, the same
-with heads of 32 numbers, so that attention has the share of a step that it has there; sd14, the geometry of Stable
-Diffusion 1.4, for a GPU. A GPU is used if there is one. The memory table's rows run one after the other.
+with heads of 32 numbers, so that attention has the share of a step that it has there; sd14 and sdxl, the geometries of
+Stable Diffusion 1.4 and XL, for a GPU. A GPU is used if there is one. The memory table's rows run one after the other.
 Models are kept in results/models, figures in results/step/<size>.json.
 """
 
 import argparse
 import contextlib
 import functools
+import gc
+import importlib.util
+import itertools
 import json
 import os
 import random
@@ -29,7 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
@@ -41,29 +43,33 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 MODELS, RESULTS = ROOT / "results" / "models", ROOT / "results" / "step"
 PARTS = ("data", "VAE", "text encoder", "UNet forward", "backward", "optimizer", "rest")
+TRAINER = str(ROOT / "train_custom_diffusion.py")
 WORDS = ("cat", "dog", "pot", "tree", "house")  # initializers and classes
 
 
 @dataclass(frozen=True)
 class Size:
-    """Geometry of a Stable Diffusion: pixels a side, channels of UNet and VAE, width and layers of the text encoder."""
+    """Geometry of a Stable Diffusion, of an XL if it has two text encoders, each (width, layers, heads)."""
 
-    resolution: int
-    unet: tuple
-    text: int
-    text_layers: int
-    text_heads: int
-    vae: tuple
-    attention_heads: int | tuple = 8
+    resolution: int  # in pixels
+    unet: tuple  # channels
+    text: tuple
+    vae: tuple  # channels
+    heads: int | tuple = 8
     layers: int = 2
     norm_groups: int = 32
+    text_2: tuple = ()
+    blocks: int | tuple = 1  # of each of the UNet's transformers
 
 
+TINY_VAE, MID, MID_VAE, VAE = (8, 8, 16, 16), (64, 128, 256, 256), (32, 64, 128, 128), (128, 256, 512, 512)
 SIZES = {
-    "tiny": Size(64, (32, 32), 32, 2, 4, (8, 8, 16, 16), layers=1, norm_groups=8),
-    "mid": Size(256, (64, 128, 256, 256), 256, 12, 4, (32, 64, 128, 128)),
-    "mid2": Size(256, (64, 128, 256, 256), 256, 12, 4, (32, 64, 128, 128), attention_heads=(2, 4, 8, 8)),
-    "sd14": Size(512, (320, 640, 1280, 1280), 768, 12, 12, (128, 256, 512, 512)),
+    "tiny": Size(64, (32, 32), (32, 2, 4), TINY_VAE, layers=1, norm_groups=8),
+    "tinyxl": Size(64, (32, 32), (32, 2, 4), TINY_VAE, layers=1, norm_groups=8, text_2=(32, 2, 4)),
+    "mid": Size(256, MID, (256, 12, 4), MID_VAE),
+    "mid2": Size(256, MID, (256, 12, 4), MID_VAE, heads=(2, 4, 8, 8)),
+    "sd14": Size(512, (320, 640, 1280, 1280), (768, 12, 12), VAE),
+    "sdxl": Size(1024, (320, 640, 1280), (768, 12, 12), VAE, (5, 10, 20), text_2=(1280, 32, 20), blocks=(1, 2, 10)),
 }
 
 
@@ -74,8 +80,8 @@ class Setup:
     name: str
     precision: str = "no"
     flags: tuple = ()
-    usual: bool = False
-    compiled: bool = False
+    script: str = TRAINER
+    dynamo: str | None = None  # torch.compile's backend
     batch: int = 2  # instance pictures; as many class pictures
     resolution: int | None = None
     concepts: int = 1
@@ -86,26 +92,16 @@ class Setup:
 CACHED, CHECKPOINTING = ("--cache_latents=2",), ("--gradient_checkpointing",)
 
 
-def tables(size):
-    """Name -> rows of every table; the first row of a table is what the others are compared with."""
-    bf16 = {"precision": "bf16"}
-    variants = [
-        Setup("usual fp32", usual=True),
-        Setup("exact fp32"),
-        Setup("cached fp32", flags=CACHED),
-        Setup("cached fp32, compiled", flags=CACHED, compiled=True),
-        Setup("usual bf16", usual=True, **bf16),
-        Setup("exact bf16", **bf16),
-        Setup("cached bf16", flags=CACHED, **bf16),
-        Setup("cached bf16, compiled", flags=CACHED, compiled=True, **bf16),
-    ]
-    memory = [Setup("usual fp32", usual=True, batch=1)]
-    for precision in ("no", "bf16"):
-        for recompute in ((), CHECKPOINTING):
-            for cached in ((), CACHED):
-                name = f"{'cached' if cached else 'exact'} {'fp32' if precision == 'no' else precision}"
-                name += ", checkpointing" if recompute else ""
-                memory.append(Setup(name, precision, cached + recompute, batch=1))
+def tables(size, reference=None):
+    """Name -> rows of every table, with those of the reference script, if one is given; the first is compared with."""
+    variants, memory = [], []
+    for precision, name in (("no", "fp32"), ("bf16", "bf16")):
+        theirs = [Setup(f"reference {name}", precision, script=reference)] if reference else []
+        exact, cached = Setup(f"exact {name}", precision), Setup(f"cached {name}", precision, CACHED)
+        variants += [*theirs, exact, cached, replace(cached, name=f"{cached.name}, compiled", dynamo="inductor")]
+        memory += [replace(row, batch=1) for row in (*theirs, exact, cached)]
+        for row in memory[-2:]:
+            memory.append(replace(row, name=f"{row.name}, checkpointing", flags=row.flags + CHECKPOINTING))
     growth = [Setup(f"batch {n} + {n}", batch=n) for n in (1, 2, 4, 8)]
     pixels = (256, 384, 512) if size != "tiny" else (64, 96)
     growth += [Setup(f"{n} pixels", resolution=n, batch=1) for n in pixels]
@@ -124,64 +120,71 @@ def make_model(name):
     if folder.exists():
         return folder
     os.environ["DIFFUSERS_VERBOSITY"] = "error"
+    import diffusers
     import torch
-    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    def text_encoder(kind, width, layers, heads):
+        config = {"hidden_size": width, "intermediate_size": 4 * width, "projection_dim": width}
+        return kind(CLIPTextConfig(**config, num_hidden_layers=layers, num_attention_heads=heads, vocab_size=49408))
 
     torch.manual_seed(0)
-    down = ["CrossAttnDownBlock2D"] * (len(size.unet) - 1) + ["DownBlock2D"]
-    pipeline = StableDiffusionPipeline(
-        unet=UNet2DConditionModel(
-            sample_size=size.resolution // 8,
-            block_out_channels=size.unet,
-            layers_per_block=size.layers,
-            cross_attention_dim=size.text,
-            attention_head_dim=size.attention_heads,
-            norm_num_groups=size.norm_groups,
-            down_block_types=down,
-            up_block_types=[name.replace("Down", "Up") for name in reversed(down)],
-        ),
-        vae=AutoencoderKL(
-            block_out_channels=size.vae,
-            down_block_types=["DownEncoderBlock2D"] * len(size.vae),
-            up_block_types=["UpDecoderBlock2D"] * len(size.vae),
-            layers_per_block=size.layers,
-            latent_channels=4,
-            norm_num_groups=size.norm_groups if size.layers > 1 else 4,
-            sample_size=size.resolution,
-        ),
-        text_encoder=CLIPTextModel(
-            CLIPTextConfig(
-                hidden_size=size.text,
-                intermediate_size=4 * size.text,
-                num_hidden_layers=size.text_layers,
-                num_attention_heads=size.text_heads,
-                vocab_size=49408,
-            )
-        ),
-        tokenizer=CLIPTokenizer.from_pretrained(ROOT / "assets" / "model" / "tokenizer"),
-        scheduler=PNDMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    tokenizer = CLIPTokenizer.from_pretrained(ROOT / "assets" / "model" / "tokenizer")
+    down = [*["CrossAttnDownBlock2D"] * (len(size.unet) - 1), "DownBlock2D"]
+    kind, more, conditions = diffusers.StableDiffusionPipeline, {"safety_checker": None, "feature_extractor": None}, {}
+    if size.text_2:
+        kind, more, down = diffusers.StableDiffusionXLPipeline, {"tokenizer_2": tokenizer}, down[::-1]
+        conditions = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256, "use_linear_projection": True}
+        conditions["projection_class_embeddings_input_dim"] = size.text_2[0] + 6 * 256
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # where random numbers take no time
+        networks = {
+            "unet": diffusers.UNet2DConditionModel(
+                sample_size=size.resolution // 8,
+                block_out_channels=size.unet,
+                layers_per_block=size.layers,
+                transformer_layers_per_block=size.blocks,
+                cross_attention_dim=size.text[0] + sum(size.text_2[:1]),
+                attention_head_dim=size.heads,
+                norm_num_groups=size.norm_groups,
+                down_block_types=down,
+                up_block_types=[name.replace("Down", "Up") for name in reversed(down)],
+                **conditions,
+            ),
+            "vae": diffusers.AutoencoderKL(
+                block_out_channels=size.vae,
+                down_block_types=["DownEncoderBlock2D"] * len(size.vae),
+                up_block_types=["UpDecoderBlock2D"] * len(size.vae),
+                layers_per_block=size.layers,
+                latent_channels=4,
+                norm_num_groups=size.norm_groups if size.layers > 1 else 4,
+                sample_size=size.resolution,
+            ),
+            "text_encoder": text_encoder(CLIPTextModel, *size.text),
+        }
+        if size.text_2:
+            networks["text_encoder_2"] = text_encoder(CLIPTextModelWithProjection, *size.text_2)
+    noise = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
+    pipeline = kind(**networks, **more, tokenizer=tokenizer, scheduler=diffusers.PNDMScheduler(**noise))
     unfinished = folder.with_name(f".{name}")
     pipeline.to(torch.float16).save_pretrained(unfinished)
     unfinished.rename(folder)
+    del networks, pipeline
+    gc.collect()
+    torch.cuda.empty_cache()  # the rows need the memory
     return folder
 
 
-def make_pictures(folder, count):
-    """JPEG files of 768 x 768 pixels, smooth noise."""
+def make_pictures(folder, count, size=(768, 768), cell=16):
+    """JPEG files of size (width, height) in pixels: smooth noise of cells so many pixels wide."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     for i in range(count):
-        noise = Image.fromarray(rng.integers(0, 256, (48, 48, 3), np.uint8))
-        noise.resize((768, 768), Image.Resampling.BICUBIC).save(folder / f"{i}.jpg", quality=90)
+        noise = Image.fromarray(rng.integers(0, 256, (size[1] // cell, size[0] // cell, 3), np.uint8))
+        noise.resize(size, Image.Resampling.BICUBIC).save(folder / f"{i}.jpg", quality=90)
 
 
 def command_line(setup, size, folder):
-    """The trainer's flags for a row; its output is put into `folder`, the rows' pictures beside it."""
+    """The script's flags for a row; its output is put into `folder`, the rows' pictures beside it."""
     tokens, concepts = [f"<new{i}>" for i in range(setup.concepts)], []
     for token, word in zip(tokens, WORDS, strict=False):
         directories = [folder.parent / "pictures" / word / kind for kind in ("instance", "class")]
@@ -196,34 +199,34 @@ def command_line(setup, size, folder):
         "concepts_list": folder / "concepts.json",
         "modifier_token": "+".join(tokens),
         "initializer_token": "+".join(WORDS[: setup.concepts]),
-        "with_prior_preservation": True,
         "num_class_images": 20,
         "resolution": setup.resolution or SIZES[size].resolution,
         "train_batch_size": setup.batch,
         "mixed_precision": setup.precision,
         "max_train_steps": 10**6,
         "checkpointing_steps": 10**6,
-        "report_to": "none",
         "output_dir": folder / "output",
     }
-    return [f"--{name}={value}" for name, value in values.items()] + list(setup.flags)
+    if setup.script == TRAINER:
+        values["report_to"] = "none"  # which the reference does not know
+    return ["--with_prior_preservation", *(f"--{name}={value}" for name, value in values.items()), *setup.flags]
 
 
 # ---------- One row: a process that takes steps when told ---------------------------------------------------------
 
 
 class Worker:
-    """Runs the trainer's main and obeys the parent between two steps.
+    """Runs a script's main and obeys the parent where a step calls DDPMScheduler.add_noise, which it does once.
 
     It takes (command, number of steps) from the pipe and answers when the steps are done: "time" with the seconds a
-    step, from the beginning of one to that of the next; "parts" with the seconds of each part a step; "count" with
-    the FLOPs of a step. "limit", "memory" and "checkpoint" are answered at once; "end" ends it.
+    step, from that place in one to that in the next; "parts" with the seconds of each part a step; "flops" with the
+    FLOPs of a step. "limit", "memory", "checkpoint" and "pictures" are answered at once; "end" ends it.
     """
 
-    def __init__(self, pipe, trainer):
+    def __init__(self, pipe, script, setup):
         import torch
 
-        self.pipe, self.trainer, self.torch = pipe, trainer, torch
+        self.pipe, self.script, self.setup, self.torch = pipe, script, setup, torch
         self.command, self.left, self.start = None, 0, 0.0
         self.parts, self.is_cuda = {}, torch.cuda.is_available()
 
@@ -247,60 +250,50 @@ class Worker:
 
         return wrapper
 
-    def install(self, compiled):
-        """Puts clocks around the trainer's functions."""
-        trainer, build_models = self.trainer, self.trainer.build_models
-        start_accelerator, init = trainer.start_accelerator, trainer.Checkpoints.__init__
+    def install(self):
+        """Puts clocks around what a step calls, whichever script it is, and stops it between two steps."""
+        from accelerate import Accelerator
+        from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-        def built(args, accelerator, pipeline, tokens):
-            model = build_models(args, accelerator, pipeline, tokens)
-            pipeline.vae.encode = self.timed("VAE", pipeline.vae.encode)
-            if not compiled:  # compiled, there is one forward
-                model.text_encoder.forward = self.timed("text encoder", model.text_encoder.forward)
-                model.unet.forward = self.timed("UNet forward", model.unet.forward)
-            return model
-
-        def started(args):
-            accelerator = start_accelerator(args)
-            accelerator.backward = self.timed("backward", accelerator.backward)
-            accelerator.clip_grad_norm_ = self.timed("optimizer", accelerator.clip_grad_norm_)
-            return accelerator
-
-        def initialized(checkpoints, *args):
-            init(checkpoints, *args)
-            self.checkpoints = checkpoints
-
-        trainer.build_models, trainer.start_accelerator = built, started
-        trainer.Checkpoints.__init__ = initialized
-        trainer.Checkpoints.claim_folder = lambda checkpoints: None  # it saves the rows, which not every setup has
-        dataset_class = trainer.CustomDiffusionDataset
-        dataset_class.__getitem__ = self.timed("data", dataset_class.__getitem__)
-        optimizer_class = trainer.torch.optim.AdamW
-        optimizer_class.step = self.timed("optimizer", optimizer_class.step)
-        optimizer_class.zero_grad = self.timed("optimizer", optimizer_class.zero_grad)
-        training_step = trainer.training_step
+        optimizer = self.torch.optim.AdamW
+        clocks = [("data", self.script.CustomDiffusionDataset, "__getitem__"), ("VAE", AutoencoderKL, "encode")]
+        if not self.setup.dynamo:  # compiled, there is one forward
+            clocks += [("text encoder", kind, "forward") for kind in (CLIPTextModel, CLIPTextModelWithProjection)]
+            clocks.append(("UNet forward", UNet2DConditionModel, "forward"))
+        clocks += [("backward", Accelerator, "backward"), ("optimizer", Accelerator, "clip_grad_norm_")]
+        clocks += [("optimizer", optimizer, "step"), ("optimizer", optimizer, "zero_grad")]
+        for part, kind, name in clocks:
+            setattr(kind, name, self.timed(part, getattr(kind, name)))
+        add_noise = DDPMScheduler.add_noise
 
         def obedient(*args):
             if not self.left:
                 self.finish()
                 self.obey()
             self.left -= 1
-            if self.command != "count":
-                return training_step(*args)
-            return self.count(lambda: training_step(*args))
+            return add_noise(*args)
 
-        trainer.training_step = obedient
+        DDPMScheduler.add_noise = obedient
+        if self.setup.script == TRAINER:
+            init = self.script.Checkpoints.__init__
 
-    def count(self, step):
-        """A step whose FLOPs are counted: uncompiled, with attention written out, which the counter knows."""
+            def initialized(checkpoints, *args):
+                init(checkpoints, *args)
+                self.checkpoints = checkpoints
+
+            self.script.Checkpoints.__init__ = initialized
+
+    def count(self):
+        """Starts to count FLOPs: uncompiled, and on a CPU with attention written out, which the counter knows there."""
         from torch.nn.attention import SDPBackend, sdpa_kernel
         from torch.utils.flop_counter import FlopCounterMode
 
-        with self.torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH):
-            with FlopCounterMode(display=False) as counter:
-                result = step()
-        self.flops = counter.get_total_flops()
-        return result
+        self.counting = contextlib.ExitStack()
+        self.counting.enter_context(self.torch.compiler.set_stance("force_eager"))
+        if not self.is_cuda:
+            self.counting.enter_context(sdpa_kernel(SDPBackend.MATH))
+        self.counter = self.counting.enter_context(FlopCounterMode(display=False))
 
     def finish(self):
         """Answers for the steps that are done."""
@@ -311,8 +304,11 @@ class Worker:
         if self.command == "parts":
             parts = {part: value / self.steps for part, value in self.parts.items()}
             self.pipe.send(parts | {"rest": seconds - sum(parts.values())})
+        elif self.command == "flops":
+            self.counting.close()
+            self.pipe.send(self.counter.get_total_flops() // self.steps)
         else:
-            self.pipe.send(self.flops if self.command == "count" else seconds)
+            self.pipe.send(seconds)
 
     def obey(self):
         """Answers until steps are asked for."""
@@ -320,10 +316,12 @@ class Worker:
             self.command, self.steps = self.pipe.recv()
             if self.command == "end":
                 raise SystemExit
-            if self.command in ("limit", "memory", "checkpoint"):
+            if self.command in ("limit", "memory", "checkpoint", "pictures"):
                 self.pipe.send(getattr(self, self.command)())
                 continue
             self.left, self.parts = self.steps, {}
+            if self.command == "flops":
+                self.count()
             self.synchronize()
             self.start = time.perf_counter()
             return
@@ -331,7 +329,7 @@ class Worker:
     def limit(self):
         """FLOPs a second of a matrix product at this row's precision: the best of five."""
         torch, n = self.torch, 8192 if self.is_cuda else 2048
-        dtype = torch.bfloat16 if self.checkpoints.args.mixed_precision == "bf16" else torch.float32
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.setup.precision, torch.float32)
         left, right = torch.randn(2, n, n, dtype=dtype, device="cuda" if self.is_cuda else "cpu")
         times = []
         for _ in range(5):
@@ -353,58 +351,21 @@ class Worker:
         return peak
 
     def checkpoint(self):
-        """Size in bytes of a checkpoint."""
+        """Size in bytes of the trainer's checkpoint."""
+        if self.setup.script != TRAINER:
+            return None
         self.checkpoints.save(0)
         folder = self.checkpoints.output_dir / "checkpoint-0"
         return sum(file.stat().st_size for file in folder.iterdir())
 
-
-def use_the_usual(trainer):
-    """Replaces what the trainer does otherwise than scripts usually do."""
-    import torch
-    import torch.nn.functional as F
-
-    build_models = trainer.build_models
-
-    def usual_models(args, accelerator, pipeline, tokens):
-        model, ((token_ids, initializer_ids),) = build_models(args, accelerator, pipeline, [([], [])]), tokens
-        encoder = model.text_encoder.float()  # its whole table is trained
-        encoder.resize_token_embeddings(token_ids[-1] + 1, mean_resizing=False)
-        table = encoder.get_input_embeddings().requires_grad_(True).weight
-        table.data[token_ids] = table.data[initializer_ids]
-        pipeline.vae.to(memory_format=torch.contiguous_format).disable_slicing()
-        return model
-
-    def usual_optimizer(args, parameters, samples_per_step):
-        betas = (args.adam_beta1, args.adam_beta2)
-        return torch.optim.AdamW(parameters, args.learning_rate, betas, args.adam_epsilon, args.adam_weight_decay)
-
-    def usual_step(accelerator, model, vae, noise_scheduler, optimizer, batch, args):
-        with accelerator.accumulate(model):
-            pixels = batch["pixels"]
-            pixel_values = torch.where(pixels[:, 3:] > 0, pixels[:, :3] / 127.5 - 1, 0)
-            latents = vae.encode(pixel_values.to(vae.dtype)).latent_dist.sample() * vae.config.scaling_factor
-            noise = torch.randn_like(latents)
-            timesteps = torch.randint(0, noise_scheduler.config.num_train_timesteps, (len(latents),))
-            timesteps = timesteps.to(latents.device)
-            prediction = model(noise_scheduler.add_noise(latents, noise, timesteps), timesteps, batch["input_ids"])
-            (instance, prior), (target, prior_target) = prediction.chunk(2), noise.chunk(2)
-            mask = batch["mask"]
-            loss = F.mse_loss(instance.float(), target.float(), reduction="none")
-            loss = ((loss * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3))).mean()
-            loss = loss + args.prior_loss_weight * F.mse_loss(prior.float(), prior_target.float())
-            accelerator.backward(loss)
-            table = accelerator.unwrap_model(model).text_encoder.get_input_embeddings().weight
-            frozen = torch.arange(len(table)) < len(table) - len(trainer.modifier_tokens(args))
-            table.grad.data[frozen] = table.grad.data[frozen].fill_(0)
-            accelerator.clip_grad_norm_(optimizer.param_groups[0]["params"], args.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=args.set_grads_to_none)
-        loss.detach().item()
-        return loss.detach()
-
-    trainer.build_models, trainer.build_optimizer = usual_models, usual_optimizer
-    trainer.training_step = usual_step
+    def pictures(self):
+        """Peak in bytes while the trainer ends a run: proves that the result loads, and draws. No step can follow."""
+        run, script = self.checkpoints, self.script
+        run.args.validation_prompt = "photo"
+        script.save_weights(run.output_dir, run.args, run.pipeline, run.settings)
+        self.memory()
+        script.validate(run.args, run.accelerator, script.prove_reload(run.args, run.pipeline), 1)
+        return self.memory()
 
 
 def work(pipe, setup, words, rank, port, log):
@@ -413,22 +374,20 @@ def work(pipe, setup, words, rank, port, log):
     os.dup2(1, 2)
     threads = setup.threads or os.cpu_count()
     os.environ |= {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-    if setup.compiled:
-        os.environ["ACCELERATE_DYNAMO_BACKEND"] = "INDUCTOR"  # as accelerate launch --dynamo_backend does
+    if setup.dynamo:
+        os.environ["ACCELERATE_DYNAMO_BACKEND"] = setup.dynamo.upper()  # as accelerate launch --dynamo_backend does
     if setup.processes > 1:
         os.environ |= {"WORLD_SIZE": str(setup.processes), "RANK": str(rank), "LOCAL_RANK": str(rank)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     import torch
 
-    import train_custom_diffusion as trainer
-
+    sys.path.insert(0, str(Path(setup.script).parent))
+    script = importlib.import_module(Path(setup.script).stem)
     if not torch.cuda.is_available():
         words.append("--dataloader_num_workers=0")  # idle rows must not prepare pictures meanwhile
-    if setup.usual:
-        use_the_usual(trainer)
     if rank == 0:
-        Worker(pipe, trainer).install(setup.compiled)
-    trainer.main(trainer.parse_args(words))
+        Worker(pipe, script, setup).install()
+    script.main(script.parse_args(words))
 
 
 class Row:
@@ -465,19 +424,21 @@ class Row:
             child.join()
 
 
-def measure(setups, size, rounds, steps, count=True):
-    """Runs the rows interleaved; returns a list of dicts with what was measured (seconds, bytes, FLOPs)."""
+def measure(setups, size, rounds, steps, more=()):
+    """Runs the rows interleaved; returns a list of dicts with what was measured (seconds, bytes, FLOPs).
+
+    `more` has commands of `Worker` that are given to each row in the end, and in the dicts their answers.
+    """
     scratch, rows = Path(tempfile.mkdtemp()), []
     try:
         for i, setup in enumerate(setups):
             folder = scratch / str(i)
             folder.mkdir()
-            rows.append(Row(setup, size, folder))
-            rows[-1].ask("time", 1)  # one at a time: starting takes memory and processor
-            rows[-1].ask("time", 2)
+            start = time.perf_counter()
+            rows.append(row := Row(setup, size, folder))
+            row.ask("time", 3)  # one at a time: starting takes memory and processor
+            row.start, row.start_memory = time.perf_counter() - start, row.ask("memory")
             print(f"  {setup.name} is ready", file=sys.stderr, flush=True)
-        for row in rows:
-            row.ask("memory")
         for _ in range(rounds):
             for row in rows:
                 row.times.append(row.ask("time", steps))
@@ -486,10 +447,9 @@ def measure(setups, size, rounds, steps, count=True):
             row.limits = [row.ask("limit") for _ in range(3)]
         for row in rows:
             row.parts = row.ask("parts", 3 * steps)
-            row.checkpoint = None if row.setup.usual else row.ask("checkpoint")
-            row.flops = row.ask("count") if count else None
-        keys = ("times", "memory", "limits", "parts", "flops", "checkpoint")
-        return [asdict(row.setup) | {key: getattr(row, key) for key in keys} for row in rows]
+            row.answers = {command: row.ask(command) for command in more}
+        keys = ("start", "start_memory", "times", "memory", "limits", "parts")
+        return [asdict(row.setup) | {key: getattr(row, key) for key in keys} | row.answers for row in rows]
     finally:
         for row in rows:
             row.end()
@@ -499,9 +459,14 @@ def measure(setups, size, rounds, steps, count=True):
 # ---------- Tables ----------------------------------------------------------------------------------------------
 
 
-def spread(values):
-    """Median and range, of seconds."""
-    return f"{statistics.median(values):.3f} ({min(values):.3f}-{max(values):.3f})"
+def spread(values, digits=3):
+    """Median and range."""
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+
+
+def share_of_limit(row):
+    """FLOPs a second of a row's median step, as a share of those of a matrix product."""
+    return row["flops"] / statistics.median(row["times"]) / statistics.median(row["limits"])
 
 
 def print_table(name, rows):
@@ -514,10 +479,9 @@ def print_table(name, rows):
         ratio = statistics.median(a / b for a, b in zip(first, row["times"], strict=True))
         pictures = 2 * row["batch"] * row["processes"]
         shown = [f"{parts[part]:.3f}" if part in parts else "" for part in PARTS]
-        checkpoint = f"{row['checkpoint'] / 1e6:.1f}" if row["checkpoint"] else ""
-        flops = row["flops"] and (f"{row['flops'] / 1e9:.0f}", row["flops"] / median / statistics.median(row["limits"]))
         cells = [row["name"], spread(row["times"]), f"{ratio:.2f}", f"{pictures / median:.2f}", *shown]
-        cells += [f"{row['memory'] / 2**30:.2f}", checkpoint, *((flops[0], f"{flops[1]:.0%}") if flops else ("", ""))]
+        cells += [f"{row['memory'] / 2**30:.2f}", f"{row['checkpoint'] / 1e6:.1f}" if row.get("checkpoint") else ""]
+        cells += [f"{row['flops'] / 1e9:.0f}", f"{share_of_limit(row):.0%}"] if "flops" in row else ["", ""]
         print(f"| {' | '.join(cells)} |")
 
 
@@ -570,28 +534,32 @@ def startup(rounds):
     return times
 
 
-def plot(source, target):
-    """Draws the parts of the variants' steps as stacked bars."""
-    import matplotlib
+def data(rounds):
+    """Markdown table: draws a second of the trainer's dataset from pictures of 12 megapixels, interleaved."""
+    from torch.utils.data import DataLoader
+    from transformers import CLIPTokenizer
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    import train_custom_diffusion as trainer
 
-    report = json.loads(Path(source).read_text())
-    rows = report["tables"]["variants"]
-    figure, axes = pyplot.subplots(figsize=(9, 3.6), layout="constrained")
-    names, left = [row["name"] for row in rows], np.zeros(len(rows))
-    # parts are measured apart from the whole; they are shown as shares of the median step
-    scale = [statistics.median(row["times"]) / sum(row["parts"].values()) for row in rows]
-    for part in PARTS:
-        widths = np.array([row["parts"].get(part, 0) for row in rows]) * scale
-        axes.barh(names, widths, left=left, label=part)
-        left += widths
-    axes.invert_yaxis()
-    axes.set_xlabel(f"seconds a step, {report['size']}, batch 2 + 2, {report['device']}")
-    axes.legend(ncols=4, fontsize="small", frameon=False, loc="lower right")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(target, dpi=120)
+    kinds = {"decoded once": {}, "decoded at every draw": dict.fromkeys(range(64))}  # the latter takes no more pictures
+    rates = {kind: {workers: [] for workers in (0, 2, 4)} for kind in kinds}
+    tokenizer = [CLIPTokenizer.from_pretrained(ROOT / "assets" / "model" / "tokenizer")]
+    with tempfile.TemporaryDirectory() as folder:
+        make_pictures(Path(folder, "cat"), 5, (4000, 3000), cell=4)
+        concepts = [trainer.Concept("photo of a <new1> cat", sorted(Path(folder, "cat").iterdir()))]
+        for workers, kind in list(itertools.product((0, 2, 4), kinds)) * rounds:
+            options = {"center_crop": False, "hflip": True, "aug": True, "num_train_timesteps": 1000, "seed": 0}
+            dataset = trainer.CustomDiffusionDataset(concepts, tokenizer, tokenizer, 512, (4, 64, 64), **options)
+            dataset.decoded = dict(kinds[kind])
+            loader = DataLoader(dataset, 4, sampler=range(144), collate_fn=trainer.collate_fn, num_workers=workers)
+            for i, _ in enumerate(loader):
+                if i == 15:  # by now every worker has met every picture
+                    start = time.perf_counter()
+            rates[kind][workers].append(80 / (time.perf_counter() - start))
+    print("\ndata\n\n| draws a second | 0 workers | 2 workers | 4 workers |\n|" + 4 * " --- |")
+    for kind, values in rates.items():
+        print(f"| {kind} | {' | '.join(spread(rate, 0) for rate in values.values())} |")
+    return rates
 
 
 def describe_device():
@@ -608,18 +576,18 @@ def parse_args():
     """Reads the command line."""
     parser = argparse.ArgumentParser(description="Measure a training step.")
     parser.add_argument("--size", choices=SIZES, default="mid")
-    parser.add_argument("--tables", nargs="+", choices=[*tables("mid"), "startup"], default=["variants"])
+    parser.add_argument("--tables", nargs="+", choices=[*tables("mid"), "data", "startup"], default=["variants"])
+    parser.add_argument(
+        "--reference", type=os.path.abspath, help="the example script of diffusers, for rows of its own"
+    )
     parser.add_argument("--only", help="regular expression: rows whose name it matches")
     parser.add_argument("--rounds", type=int, default=9, help="how often each row has its turn")
     parser.add_argument("--steps", type=int, default=1, help="steps a turn; on a GPU some 20")
-    parser.add_argument("--plot", nargs=2, metavar=("JSON", "PNG"), help="draw an earlier run's variants, no more")
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
-    if args.plot:
-        return plot(*args.plot)
     import torch
 
     device, version = describe_device(), torch.__version__
@@ -628,15 +596,19 @@ def main():
     report = json.loads(file.read_text()) if file.exists() else {"tables": {}}
     report |= {"size": args.size, "device": device, "torch": version}
     print(f"{args.size}, {device}, torch {version}, {args.rounds} rounds: median (range)")
+    if args.reference and not importlib.util.find_spec("torchvision"):
+        print("The reference is left out: it needs torchvision.")
+        args.reference = None
     for name in args.tables:
-        if name == "startup":
-            report["startup"] = startup(args.rounds)
+        if name in ("data", "startup"):
+            report[name] = {"data": data, "startup": startup}[name](args.rounds)
         else:
-            setups = [s for s in tables(args.size)[name] if re.search(args.only or "", s.name)]
+            setups = [s for s in tables(args.size, args.reference)[name] if re.search(args.only or "", s.name)]
             if not torch.cuda.is_available():  # torch 2.13's inductor is wrong on a CPU, and the trainer refuses it
-                setups = [setup for setup in setups if not setup.compiled]
+                setups = [setup for setup in setups if not setup.dynamo]
             groups = [[setup] for setup in setups] if name == "memory" else [setups]
-            rows = [row for g in groups for row in measure(g, args.size, args.rounds, args.steps, name == "variants")]
+            more = ("checkpoint", "flops") if name == "variants" else ()
+            rows = [row for g in groups for row in measure(g, args.size, args.rounds, args.steps, more)]
             print_table(name, rows)
             report["tables"][name] = rows
         file.write_text(json.dumps(report, indent=1))

@@ -129,7 +129,7 @@ def test_defaults():
 
 
 BOOLEANS = """with_prior_preservation real_prior center_crop hflip noaug scale_lr use_8bit_adam allow_tf32
-    gradient_checkpointing enable_xformers_memory_efficient_attention set_grads_to_none push_to_hub
+    gradient_checkpointing channels_last enable_xformers_memory_efficient_attention set_grads_to_none push_to_hub
     no_safe_serialization"""
 
 
@@ -333,6 +333,7 @@ DATA = {
     "text": (picture("fake.jpg", b"hello"), ["cat/fake.jpg"]),
     "decompression bomb": (picture("bomb.png", bomb), ["cat/bomb.png", "3600000000 pixels"]),
     "dangling link": (link("nowhere.jpg"), ["cat/link.jpg"]),
+    "caption not UTF-8": (picture("0.txt", b"\xff\xfea\0"), ["cat/0.txt", "utf-8"]),
     # lists of concepts
     "no list file": (given(concepts_list="none.json"), ["--concepts_list", "none.json", "No such file"]),
     "folder as a list": (made("list.json/", concepts_list="list.json"), ["--concepts_list", "list.json"]),
@@ -435,6 +436,13 @@ MODEL = {
     "second concept without a token": (
         concepts([CONCEPT, CONCEPT | {"instance_prompt": "a dog"}]),
         ["instance_prompt", "a dog"],
+    ),
+    "caption without a token": (picture("0.txt", b"a cat"), ["cat/0.txt 'a cat'", "<new1>"]),
+    "empty caption": (picture("0.txt", b" "), ["cat/0.txt ''", "<new1>"]),
+    "caption too long": (picture("0.txt", b"<new1>" + b" cat" * 80), ["cat/0.txt", "77"]),
+    "token in no caption": (
+        lambda folder, model: picture("0.txt", b"a <b> cat")(folder, model) | {"modifier_token": "<b>+<new1>"},
+        ["--modifier_token '<new1>'"],
     ),
     "unknown initializer": (given(initializer_token="wolpertinger"), ["--initializer_token", "wolpertinger", "'wol'"]),
     "no initializer": (given(initializer_token=""), ["--initializer_token"]),

@@ -1,16 +1,17 @@
 """How pictures are read, augmented and masked, against the recipe written out in NumPy."""
 
 import collections
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launching import flags, train
+from launching import flags, fork, train
 from pictures import display_p3, make_picture
 from PIL import Image
-from reading import load_trained
+from reading import load_trained, same_bits
 
 import train_custom_diffusion
 from train_custom_diffusion import (
@@ -255,8 +256,8 @@ def resized(image, width, height):
 
 
 def normalized(pixels):
-    """What the VAE is to get of RGBA pixels: colours in [-1, 1], GREY where nothing was pasted."""
-    return np.where(pixels[..., 3:] == 255, pixels[..., :3] / np.float32(127.5) - 1, GREY)
+    """What the VAE is to get of RGBX pixels: colours in [-1, 1], GREY where nothing was pasted."""
+    return np.where(pixels[..., 3:] > 0, pixels[..., :3] / np.float32(127.5) - 1, GREY)
 
 
 def same(left, right):
@@ -445,6 +446,7 @@ def make_draws(folders, **values):
         seed=args.seed,
         center_crop=args.center_crop,
         hflip=args.hflip,
+        alpha_mask=args.alpha_mask,
         aug=not args.noaug,
     )
     return draws, lambda sample: list(prompts)[sample["input_ids"][0]]
@@ -584,3 +586,99 @@ def test_epoch_is_the_longer_of_both(folders, tmp_path):
             seen = [draws[n][kind]["pixels"].tobytes() for n in range(max(3, count))]
             assert len(set(seen)) == pictures
             assert max(map(seen.count, seen)) <= -(-max(3, count) // pictures)
+
+
+# Captions
+
+
+def test_caption_beside_a_picture(folders, tmp_path):
+    """A .txt of the same name replaces the instance prompt of its picture; the prefixes apply to it."""
+    shutil.copytree(folders / "mine", tmp_path / "mine")
+    (tmp_path / "mine" / "1.txt").write_text("\ufeffa <new1> cat\r\n on a table\n", encoding="utf-8")
+    (tmp_path / "mine" / "notes.txt").write_text("of no picture")
+    draws, prompt_of = make_draws(folders, instance_data_dir=tmp_path / "mine")
+    prompts = collections.Counter(prompt_of(draws[n][0]) for n in range(600))
+    expected = {"": 0.24, "a far away ": 0.21, "very small ": 0.21, "zoomed in ": 0.17, "close up ": 0.17}
+    assert set(prompts) == {prefix + text for prefix in expected for text in (PROMPT, "a <new1> cat on a table")}
+    assert sum(count for prompt, count in prompts.items() if prompt.endswith("table")) == 200, "one of three pictures"
+
+
+def test_summary_counts_captions(folders, sd1, tmp_path):
+    shutil.copytree(folders / "mine", tmp_path / "mine")
+    for i in range(2):
+        (tmp_path / "mine" / f"{i}.txt").write_text("a <new1> cat on a table")
+    values = {"pretrained_model_name_or_path": sd1, "instance_data_dir": tmp_path / "mine", "modifier_token": "<new1>"}
+    fork(tmp_path / "run", max_train_steps=1, instance_prompt=PROMPT, **values)
+    assert f"{PROMPT!r}: 3 pictures (2 with captions), 0 class pictures" in (tmp_path / "run.log").read_text()
+
+
+# Masks
+
+
+@pytest.fixture(scope="module")
+def cut_out(tmp_path_factory):
+    """Folders of the same wide picture: cut out (with soft edges), opaque, and its alpha as a picture."""
+    folder, image = tmp_path_factory.mktemp("masks"), make_picture(7, 150, 90)
+    alpha = Image.fromarray(np.kron(np.random.default_rng(0).integers(0, 2, (5, 5), np.uint8) * 255, np.ones((9, 15))))
+    alpha = alpha.convert("L").resize(image.size, Image.Resampling.BICUBIC)
+    cut = image.copy()
+    cut.putalpha(alpha)
+    for name, picture in {"cut": cut, "opaque": image, "alpha": alpha}.items():
+        (folder / name).mkdir()
+        picture.save(folder / name / "0.png")
+    return folder
+
+
+def pixels_of(sample):
+    """Colours (size, size, 3) of a sample, and whether a picture is there (size, size)."""
+    pixels = sample["pixels"].transpose(1, 2, 0)
+    return pixels[..., :3].astype(float), pixels[..., 3] > 0
+
+
+@pytest.mark.parametrize("center_crop", [False, True])
+def test_alpha_masks_the_loss(center_crop, folders, cut_out):
+    """The picture is shown as it is; its mask is that of the opaque one times the alpha, averaged over each cell."""
+    values, sizes = {"hflip": True, "center_crop": str(center_crop)}, set()
+    masked, opaque, alpha = (
+        make_draws(folders, instance_data_dir=cut_out / name, alpha_mask=name == "cut", **values)[0]
+        for name in ("cut", "opaque", "alpha")
+    )
+    for n in range(200):
+        (sample,), (whole,), (weight,) = masked[n], opaque[n], alpha[n]
+        (colours, shown), (expected, filled), (weights, _) = map(pixels_of, (sample, whole, weight))
+        assert np.array_equal(shown, filled) and np.abs(colours - expected)[shown].max() <= 1
+        cells = weights[..., 0].reshape(8, FACTOR, 8, FACTOR).mean((1, 3)) / 255
+        product = whole["mask"][0] * cells
+        product = product if product.max() > 0.01 else whole["mask"][0]  # too small a picture to tell
+        assert sample["mask"].dtype == np.float32 and np.abs(sample["mask"][0] - product).max() < 0.012
+        sizes.add(int(filled.sum()))
+    assert len(sizes) > 20
+
+
+def test_masks_that_hide_everything_or_nothing(folders, cut_out, tmp_path):
+    """Nothing left, or no alpha: the picture's cells count. Class pictures are on white, and have no mask."""
+    (tmp_path / "clear").mkdir()
+    clear = Image.new("RGBA", (60, 60), (200, 10, 30, 0))
+    clear.save(tmp_path / "clear" / "0.png")
+    prior = {"with_prior_preservation": True, "real_prior": True, "class_data_dir": tmp_path / "clear"}
+    for instances, more in {tmp_path / "clear": {}, cut_out / "opaque": prior}.items():
+        values = {"instance_data_dir": instances, **more}
+        masked, plain = (make_draws(folders, alpha_mask=str(on), **values)[0] for on in (True, False))
+        for n in range(50):
+            assert np.array_equal(masked[n][0]["mask"], plain[n][0]["mask"])
+        colours, shown = pixels_of(masked[0][-1])
+        assert (colours[shown] == (255 if more else (200, 10, 30))).all() and shown.any()
+        colours, shown = pixels_of(plain[0][-1])
+        assert (colours[shown] == 255).all(), "without the flag transparent parts are white"
+
+
+def test_trains_with_masks(sd1, cut_out, tmp_path):
+    """The flag changes what is learned of a cut-out picture, and nothing of one without alpha."""
+    values = {"pretrained_model_name_or_path": sd1, "instance_prompt": PROMPT, "modifier_token": "<new1>"}
+    values |= {"learning_rate": 1e-2, "noaug": True}
+    cut, on_white, opaque, plain = (
+        load_trained(fork(tmp_path / f"{name}{on}", instance_data_dir=cut_out / name, alpha_mask=str(on), **values))
+        for name in ("cut", "opaque")
+        for on in (True, False)
+    )
+    assert same_bits(opaque, plain) and not same_bits(cut, opaque) and not same_bits(cut, on_white)

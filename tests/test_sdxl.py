@@ -147,6 +147,7 @@ def test_conditions_are_those_of_each_sample(world, tmp_path):
         seed=0,
         center_crop=False,
         hflip=False,
+        alpha_mask=False,
         aug=True,
     )
     kinds = set()

@@ -3,9 +3,11 @@
 Gradient checkpointing, freed gradients, compilation, cached latents, and the benchmark that compares them.
 """
 
+import importlib.util
 import json
 import os
 import re
+import shutil
 
 import pytest
 import torch
@@ -50,7 +52,9 @@ WAYS = {
     "checkpointing": {"gradient_checkpointing": True},
     "cached": {"cache_latents": 2},
     "accumulation": {"gradient_accumulation_steps": 2},
+    "channels_last": {"channels_last": True},
 }
+COMPILERS = ("inductor", "cudagraphs")
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -69,6 +73,15 @@ def test_gradient_checkpointing(precision, watched, sd1):
     assert distance(checkpointed, plain) < 1e-4 * movement(sd1, plain)
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_channels_last(precision, watched, sd1):
+    """The UNet's convolutions get and give channels_last; what is learned is the same."""
+    plain, contiguous = watched(mixed_precision=precision)
+    learned, last = watched(mixed_precision=precision, channels_last=True)
+    assert contiguous["channels_last"] == 0 < last["channels_last"]
+    assert distance(learned, plain) < 1e-4 * movement(sd1, plain)
+
+
 def test_frees_gradients(watched, sd1):
     plain, _ = watched()
     freed, _ = watched(set_grads_to_none=True)
@@ -76,17 +89,18 @@ def test_frees_gradients(watched, sd1):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("backend", ["aot_eager", *(pytest.param(b, marks=pytest.mark.gpu) for b in COMPILERS)])
 def test_compiled(backend, one_concept, tmp_path):
     """`accelerate launch --dynamo_backend`: the same training. Inductor's kernels take minutes to make on a CPU."""
     values = FAST | one_concept | {"train_batch_size": 2, "max_train_steps": STEPS}
     values |= {"learning_rate": 1, "adam_epsilon": 1}
     launcher = [*LAUNCHERS["accelerate"], "--num_processes=1", "--num_machines=1", "--mixed_precision=no"]
     words = flags(**values | {"output_dir": tmp_path / "compiled"})
-    environment = os.environ | {"TORCH_LOGS": "graph_code"}
+    environment = os.environ | {"TORCH_LOGS": "graph_code,recompiles"}
     process = run(*launcher, f"--dynamo_backend={backend}", SCRIPT, *words, env=environment)
     assert process.returncode == 0, process.stderr[-3000:]
-    assert "===== __compiled_fn_" in process.stderr
+    # one graph: its shapes are static, and nothing in it needs Python, so a GPU can capture it
+    assert process.stderr.count("===== __compiled_fn_") == 1 and "Recompiling" not in process.stderr
     compiled, plain = load_trained(tmp_path / "compiled"), load_trained(fork(tmp_path / "plain", **values))
     assert distance(compiled, plain) < 0.01 * movement(one_concept["pretrained_model_name_or_path"], plain)
 
@@ -209,20 +223,57 @@ def test_other_number_on_resuming_is_refused(recorded, cached, tmp_path):
     assert line.startswith("error: --resume_from_checkpoint") and "cache_latents 3" in line and "2" in line
 
 
-# The benchmark
+# The benchmarks
 
 
 @pytest.mark.slow
-def test_benchmark():
-    """The benchmark's usual step does the work of the exact one; cached, the VAE's share of it is gone."""
-    script = ROOT / "benchmarks" / "step.py"
-    process = python(script, "--size=tiny", "--rounds=1", "--only=fp32$")
-    rows = json.loads((ROOT / "results" / "step" / "tiny.json").read_text())["tables"]["variants"]
-    usual, exact, cached = rows
-    assert usual["name"] == "usual fp32" and exact["name"] == "exact fp32" and cached["name"] == "cached fp32"
-    assert usual["flops"] == exact["flops"] > cached["flops"] > 0
+def test_benchmark(tmp_path):
+    """Another script's step is measured beside the trainer's: here a copy, which does the same work; cached, less."""
+    shutil.copy(SCRIPT, tmp_path / "another.py")
+    code = f"""if True:
+        import json, sys
+        sys.path.insert(0, {str(ROOT / "benchmarks")!r})
+        import step
+        setups = step.tables("tiny", {str(tmp_path / "another.py")!r})["variants"][:3]
+        rows = step.measure(setups, "tiny", 1, 1, ("checkpoint", "flops"))
+        step.print_table("variants", rows)
+        print(json.dumps(rows))"""
+    *table, rows = python(code).stdout.splitlines()
+    reference, exact, cached = rows = json.loads(rows)
+    assert [row["name"] for row in rows] == ["reference fp32", "exact fp32", "cached fp32"]
+    assert reference["flops"] == exact["flops"] > cached["flops"] > 0
     assert "VAE" in exact["parts"] and "VAE" not in cached["parts"]
+    assert reference["checkpoint"] is None and exact["checkpoint"] > 0
     for row in rows:
         assert len(row["times"]) == 1 and min(row["times"]) > 0
         assert min(row["parts"].values()) >= 0 and row["parts"]["rest"] > 0  # the parts are no more than the whole
-        assert f"| {row['name']} |" in process.stdout
+        assert any(line.startswith(f"| {row['name']} |") for line in table)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(importlib.util.find_spec("torchvision")), reason="torchvision is installed")
+def test_benchmark_without_torchvision():
+    said = python(ROOT / "benchmarks" / "step.py", "--size=tiny", "--rounds=1", "--only=cached fp32$", "--reference=x")
+    assert "The reference is left out: it needs torchvision." in said.stdout and "| cached fp32 |" in said.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there fp16 is supported")
+def test_benchmark_for_a_gpu():
+    """Its table, here of tiny models on a CPU, which it says; a row that fails says why, and the next one runs."""
+    process = python(ROOT / "benchmarks" / "gpu.py", "--size=tiny", "--only=XL|fp16|graphs")
+    first, _, head, _, xl, graphs, fp16 = process.stdout.splitlines()
+    assert first.endswith("there is no GPU here")
+    columns = head.count("|")
+    for line, name in ((xl, "XL, cached bf16, checkpointing"), (graphs, "cached bf16, graphs")):
+        assert re.fullmatch(rf"\| {name} \| \d \+ \d (\| [\d.]+[^|]* ){{6}}\|", line)
+    assert fp16.startswith("| cached fp16 | 2 + 2 | failed: error: --mixed_precision fp16")
+    assert {line.count("|") for line in (xl, graphs, fp16)} == {columns}
+    rows = json.loads((ROOT / "results" / "step" / "gpu.json").read_text())["rows"]
+    assert len(rows) == 2 and all(row["pictures"] > 0 and row["flops"] > 0 for row in rows)
+
+
+def test_benchmark_for_a_gpu_ends_in_time():
+    process = python(ROOT / "benchmarks" / "gpu.py", "--size=tiny", "--minutes=0")
+    rows = process.stdout.splitlines()[4:]
+    assert len(rows) == 10 and all("| failed: no time left |" in row for row in rows)

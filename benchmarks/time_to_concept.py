@@ -1,0 +1,78 @@
+#!/usr/bin/env python3
+"""Measures what users wait for: a concept in the embedded model, by the trainer and by the example script of diffusers.
+
+    python benchmarks/time_to_concept.py --reference train_custom_diffusion_of_diffusers.py [-- --max_train_steps 400]
+
+All train with the flags of the quickstart and class pictures, as a user starts them, in turn, on the whole machine
+(flags after `--` are added). Prints the time of the whole command, and what has been learned, measured as
+benchmarks/concept_learning.py does, on its final prompts. The reference needs torchvision. Everything lies in
+results/concept_learning; an interrupted run goes on where it stopped.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from concept_learning import ENVIRONMENT, ROOT, WITH_PRIOR, folder_of, measures, span, table
+
+MEASURES = ("colour", "layout", "background", "shape")
+
+
+def train(name, seed, script, flags):
+    """Trains, unless that was done; returns the folder of the result and the seconds of the whole command."""
+    folder = folder_of(name, seed, flags, Path(script).read_bytes())
+    file = folder / "seconds.txt"
+    if not file.exists():
+        words = [str(ROOT / word) if word.startswith("assets/") else word for word in flags]
+        words += ["--seed", str(seed), "--output_dir", str(folder)]
+        environment = os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": str(os.cpu_count()), "HF_HUB_OFFLINE": "1"}
+        place = ROOT / "assets/regularization/cat"  # to which the paths in its images.txt are relative, for both
+        with open(folder / "log.txt", "w") as log:
+            start = time.perf_counter()
+            command = [sys.executable, script, *words]
+            subprocess.run(command, cwd=place, env=environment, stdout=log, stderr=log, check=True)
+            file.write_text(str(time.perf_counter() - start))
+    return folder, float(file.read_text())
+
+
+def main():
+    """Trains in turn, then measures, and prints the table."""
+    parser = argparse.ArgumentParser(description="Measure the time that it takes to learn a concept.")
+    parser.add_argument("--reference", type=os.path.abspath, required=True, help="the example script of diffusers")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="training seeds")
+    parser.add_argument("flags", nargs="*", help="flags for all, after --")
+    args = parser.parse_args()
+    ours, flags = str(ROOT / "train_custom_diffusion.py"), [*WITH_PRIOR, *args.flags]
+    runs = {
+        # what diffusers writes as .safetensors it cannot load
+        "reference": (args.reference, [*flags, "--no_safe_serialization"]),
+        "exact": (ours, flags),
+        "cached": (ours, [*flags, "--cache_latents", "4"]),
+    }
+    done = {name: [] for name in runs}
+    for seed in args.seeds:
+        for name, (script, words) in runs.items():
+            done[name].append(train(f"time of {name}", seed, script, words))
+            print(f"  {name}, seed {seed}: {done[name][-1][1]:.0f} s", file=sys.stderr, flush=True)
+    os.environ.update(ENVIRONMENT)
+    with ProcessPoolExecutor(min(4, os.cpu_count()), get_context("spawn")) as pool:
+        jobs = {name: [pool.submit(measures, folder, "final", ["cat"]) for folder, _ in done[name]] for name in runs}
+        results = {name: [job.result() for job in found] for name, found in jobs.items()}
+    rows, seconds = [], {name: np.array([seconds for _, seconds in done[name]]) for name in runs}
+    for name, found in results.items():
+        concept = [result["concepts"]["cat"]["cat"] for result in found]
+        plain = [result["leakage"]["cat"][0]["colour"] for result in found]
+        times = [f"{np.median(seconds[name]):.0f} ({seconds[name].min():.0f}-{seconds[name].max():.0f})"]
+        times.append(span(seconds[name] / seconds["reference"]))
+        rows.append([name, *times, *(span([c[key] for c in concept]) for key in MEASURES), span(plain)])
+    print(table(["", "s", "of the reference's", *MEASURES, '"cat": overlap with the concept, colour'], rows))
+
+
+if __name__ == "__main__":
+    main()
