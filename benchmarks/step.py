@@ -546,9 +546,11 @@ def data(rounds):
     tokenizer = [CLIPTokenizer.from_pretrained(ROOT / "assets" / "model" / "tokenizer")]
     with tempfile.TemporaryDirectory() as folder:
         make_pictures(Path(folder, "cat"), 5, (4000, 3000), cell=4)
-        concepts = [trainer.Concept("photo of a <new1> cat", sorted(Path(folder, "cat").iterdir()))]
+        prompt = "photo of a <new1> cat"
+        concepts = [trainer.Concept(prompt, [(file, prompt) for file in sorted(Path(folder, "cat").iterdir())])]
         for workers, kind in list(itertools.product((0, 2, 4), kinds)) * rounds:
-            options = {"center_crop": False, "hflip": True, "aug": True, "num_train_timesteps": 1000, "seed": 0}
+            options = {"center_crop": False, "hflip": True, "alpha_mask": False, "aug": True}
+            options |= {"num_train_timesteps": 1000, "seed": 0}
             dataset = trainer.CustomDiffusionDataset(concepts, tokenizer, tokenizer, 512, (4, 64, 64), **options)
             dataset.decoded = dict(kinds[kind])
             loader = DataLoader(dataset, 4, sampler=range(144), collate_fn=trainer.collate_fn, num_workers=workers)
