@@ -251,6 +251,21 @@ def test_benchmark(tmp_path):
 
 
 @pytest.mark.slow
+def test_benchmark_of_the_data():
+    """Here with small pictures, so that only the form of its table counts."""
+    code = f"""if True:
+        import sys
+        sys.path.insert(0, {str(ROOT / "benchmarks")!r})
+        import step
+        make = step.make_pictures
+        step.make_pictures = lambda folder, count, size, cell: make(folder, count, (80, 60), cell)
+        step.data(1)"""
+    *_, once, at_every_draw = python(code).stdout.splitlines()
+    for line, name in ((once, "decoded once"), (at_every_draw, "decoded at every draw")):
+        assert re.fullmatch(rf"\| {name} (\| \d+ \(\d+-\d+\) ){{3}}\|", line)
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(bool(importlib.util.find_spec("torchvision")), reason="torchvision is installed")
 def test_benchmark_without_torchvision():
     said = python(ROOT / "benchmarks" / "step.py", "--size=tiny", "--rounds=1", "--only=cached fp32$", "--reference=x")
