@@ -253,6 +253,7 @@ gc.enable()
 SCHEDULER_SETTINGS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "steps_offset",
                       "timestep_spacing", "prediction_type", "rescale_betas_zero_snr")  # fmt: skip
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+XL_NAMES = ("clip_l", "clip_g")  # of a word's embeddings for SDXL's two text encoders
 
 
 # ---------- Concepts and pictures -------------------------------------------------------------------------------
@@ -1153,8 +1154,9 @@ def save_weights(folder, args, pipeline, settings):
     tables = {WEIGHTS_NAME: attention}
     for i, token in enumerate(modifier_tokens(args)):
         rows = [encoder.get_input_embeddings().rows[i].detach().cpu().clone() for _, encoder in text_parts(pipeline)]
-        is_xl = len(rows) > 1  # there the names and shapes are those that other tools read
-        tables[token] = {"clip_l": rows[0][None], "clip_g": rows[1][None]} if is_xl else {token: rows[0]}
+        tables[token] = {token: rows[0]}
+        if len(rows) > 1:  # SDXL's names and shapes are those that other tools read
+            tables[token] = {name: row[None] for name, row in zip(XL_NAMES, rows, strict=True)}
     if not all(values.isfinite().all() for table in tables.values() for values in table.values()):
         fail(folder, "not written, as the weights are not finite; lower --learning_rate, or take another base model")
     untrained = pipeline.unet.attn_processors.keys() - {key.rpartition(".to_")[0] for key in attention}
@@ -1294,12 +1296,10 @@ def prove_reload(args, pipeline):
     device, dtype = pipeline.unet.device, pipeline.unet.conv_in.weight.dtype
     torch.backends.cuda.matmul.allow_tf32 = False  # its rounding would pass for a difference
     trained = probe(args, pipeline)
-    for network in (pipeline.unet, *(encoder for _, encoder in text_parts(pipeline))):
-        network.to("cpu")  # room for the fresh ones
+    DenoisingModel(pipeline).to("cpu")  # room for the fresh one
     with failing_as(args.output_dir, "the files are complete, but were not proven to load"):
         fresh = load_pipeline(args, load_tokenizers(args)).to(device, dtype)  # rounded as the trained ones
-        for network in (fresh.unet, *(encoder for _, encoder in text_parts(fresh))):
-            network.float()
+        DenoisingModel(fresh).float()
         attention, *words = result_files(args)
         fresh.unet.load_attn_procs(args.output_dir, weight_name=attention, _pipeline=fresh)
         for token, word in zip(modifier_tokens(args), words, strict=True):
@@ -1322,7 +1322,7 @@ def load_word(pipeline, folder, file, token):
     if len(parts) == 1:
         return pipeline.load_textual_inversion(folder, weight_name=file)
     table = torch.load(Path(folder, file), weights_only=True) if file.endswith("bin") else load_file(Path(folder, file))
-    for (tokenizer, text_encoder), name in zip(parts, ("clip_l", "clip_g"), strict=True):
+    for (tokenizer, text_encoder), name in zip(parts, XL_NAMES, strict=True):
         pipeline.load_textual_inversion(table[name], token=token, text_encoder=text_encoder, tokenizer=tokenizer)
 
 
@@ -1366,7 +1366,7 @@ def usage_snippet(args, pipeline, concepts, weights):
             folder = f"snapshot_download({folder})"
         for token, word in zip(modifier_tokens(args), words, strict=True):
             lines.append(f"word = {reader}(f'{{weights}}/{word}')")
-            for name, end in (("clip_l", ""), ("clip_g", "_2")):
+            for name, end in zip(XL_NAMES, ("", "_2"), strict=True):
                 part = f"text_encoder=pipeline.text_encoder{end}, tokenizer=pipeline.tokenizer{end}"
                 lines.append(f"pipeline.load_textual_inversion(word[{name!r}], token={token!r}, {part})")
     imports, lines = ("".join(f"{line}\n" for line in part) for part in (imports, lines))
