@@ -422,6 +422,15 @@ def save_pipeline(pipeline, final):
     shutil.rmtree(old, ignore_errors=True)
 
 
+def save_averaged(training, build, folder):
+    """Writes a training's checkpoint and, in the first process, the pipeline that `build` makes of its average."""
+    training.save()
+    current = training.load_average()
+    if training.rank == 0:
+        save_pipeline(build(), folder)
+    training.load(current)
+
+
 def build_pipeline(args, vocabulary, text_encoder, unet):
     """A Stable Diffusion pipeline with an embedding row for every CLIP token."""
     return StableDiffusionPipeline(
@@ -486,11 +495,8 @@ def train_diffusion(args, rank):
         norm = training.update(loss, 1.2e-3 * min(1, (training.step + 1) / 200) * decay)
         training.log(loss=loss.item(), error=error, norm=norm)
         if training.step % 1000 == 0 or training.step == args.diffusion_steps:
-            training.save()
-            current = training.load_average()
-            if rank == 0:
-                save_pipeline(build_pipeline(args, vocabulary, text_encoder, unet), args.work_dir / "pipeline")
-            training.load(current)
+            build = partial(build_pipeline, args, vocabulary, text_encoder, unet)
+            save_averaged(training, build, args.work_dir / "pipeline")
 
 
 # ------------------------------------------------------------------------------------------------- xl
@@ -632,11 +638,8 @@ def train_xl(args, rank):
         norm = training.update(loss, 6e-4 * min(1, (training.step + 1) / 100) * decay)
         training.log(loss=loss.item(), error=error, norm=norm)
         if training.step % 500 == 0 or training.step == args.xl_steps:
-            training.save()
-            current = training.load_average()
-            if rank == 0:
-                save_pipeline(build_xl_pipeline(base, prompts, unet), args.work_dir / "pipeline-xl")
-            training.load(current)
+            build = partial(build_xl_pipeline, base, prompts, unet)
+            save_averaged(training, build, args.work_dir / "pipeline-xl")
 
 
 def make_xl(args):
