@@ -82,11 +82,13 @@ def features(results, sd1):
 
     def encode(prompts, first=0):
         found = []
-        for prompt in prompts:
-            ids = pipeline.tokenizer(prompt, padding="max_length", max_length=77, return_tensors="pt").input_ids
-            end = ids[0].tolist().index(pipeline.tokenizer.eos_token_id)
+        for start in range(0, len(prompts), 50):
+            options = {"padding": "max_length", "max_length": 77, "return_tensors": "pt"}
+            ids = pipeline.tokenizer(prompts[start : start + 50], **options).input_ids
             with torch.no_grad():
-                found.append(pipeline.text_encoder(ids)[0][0, first : end + 11].double().numpy())
+                rows = pipeline.text_encoder(ids)[0].double().numpy()
+            ends = [row.index(pipeline.tokenizer.eos_token_id) for row in ids.tolist()]
+            found += [row[first : end + 11] for row, end in zip(rows, ends, strict=True)]
         return np.concatenate(found)
 
     return encode
@@ -130,9 +132,10 @@ def test_the_paper_s_form(results, sd1, features, tmp_path):
     rest = features((ROOT / "scripts" / "captions.txt").read_text().splitlines())
     (targets,) = parts_of(features, ["<new1> cat"])
     d = targets @ np.linalg.inv(rest.T @ rest / len(rest) + 1e-6 * np.eye(rest.shape[1]))
+    inverse = np.linalg.inv(d @ targets.T + 1e-2 * np.eye(len(d)))
     found = load_weights(tmp_path / "run")
     for key, (own, (trained, _)) in trained_weights(results, sd1).items():
-        v = (trained - own) @ targets.T @ np.linalg.inv(d @ targets.T + 1e-2 * np.eye(len(d)))
+        v = (trained - own) @ targets.T @ inverse
         seen = np.concatenate([rest[:500], targets]).T  # nothing else reaches the weights
         expected = v @ d @ seen
         assert np.abs((found[key].numpy() - own) @ seen - expected).max() < 1e-3 * np.abs(expected).max(), key
