@@ -474,6 +474,12 @@ def background_table(pool, folders, prompts):
     return table(["instance pictures", *names[:-1], f"{SHARED_BACKGROUND}, unasked"], rows)
 
 
+def report(text, name):
+    """Prints tables and keeps them as <name>.md."""
+    print(text)
+    (ROOT / "results/concept_learning" / f"{name}.md").write_text(f"{text}\n")
+
+
 def main():
     """Runs everything, two or more processes side by side, and prints the tables."""
     args = parse_args()
@@ -494,7 +500,7 @@ def main():
         jobs = {(n, seed): pool.submit(train, n, seed, trainings[n]) for seed in args.seeds for n in trainings}
         folders = {key: job.result() for key, job in jobs.items()}
         if args.shared_background:
-            return print(background_table(pool, folders, prompts))
+            return report(background_table(pool, folders, prompts), f"{prompts} backgrounds")
         base = pool.submit(measures, folder_of("base", 0), prompts, list(TOKENS), limits=True)
         for name, (_, flags) in runs.items():
             for seed in args.seeds if name not in trainings else ():
@@ -518,11 +524,9 @@ def main():
         found = [(name, judged) for name, judged in results.items() if concept in runs[name][0]]
         if found:
             parts += [concept_table(base, found, concept), leakage_table(base, found, concept)]
-    text = "\n\n".join(parts)
-    print(text)
     name = f"{prompts} {'cached' if args.cache_latents else 'ranks' if args.ranks else 'runs'}"
     name += f" {Path(args.model).name}" if args.model != "assets/model" else ""
-    (ROOT / f"results/concept_learning/{name}.md").write_text(text + "\n")
+    report("\n\n".join(parts), name)
 
 
 if __name__ == "__main__":
