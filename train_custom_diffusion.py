@@ -1443,4 +1443,5 @@ Custom Diffusion weights for `{base}`, trained on pictures of {", ".join(f"`{pro
 
 
 if __name__ == "__main__":
+    gc.freeze()  # collections need not look at what the imports made: the one at exit alone takes a second
     main(parse_args())

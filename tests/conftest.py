@@ -4,6 +4,7 @@ Helpers are in launching.py (start the trainer), observers.py (watch it at work)
 models.py and pictures.py. A launch costs seconds, so one trained run serves many tests.
 """
 
+import gc
 import json
 import os
 import sys
@@ -49,6 +50,11 @@ def pytest_collection_modifyitems(items):
         available = torch.cuda.is_available()
     for item in marked if not available else ():
         item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+def pytest_collection_finish():
+    """Lets garbage collections pass over the million objects that the imports of the tests have made."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -103,6 +103,7 @@ def main_in_child(words, folder, observer, env, cwd):
     for name, value in env.items():
         os.environ.pop(name, None) if value is None else os.environ.update({name: value})
     os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # of the data loader's workers: that of this process is slow
     log = os.open(folder.with_name(f"{folder.name}.log{env.get('RANK', '')}"), os.O_APPEND | os.O_WRONLY)
     os.dup2(log, 1), os.dup2(log, 2)
     os.chdir(cwd or ".")
@@ -122,9 +123,9 @@ def start(folder, processes=1, observer=None, env=None, cwd=None, of_rank=None, 
     environment variables (None removes one), `of_rank` the flags in which a process differs from the others.
     """
     values = {"output_dir": folder} | FAST | values
-    os.environ["PYTHONPATH"] = str(ROOT)
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train_custom_diffusion"])
+    context.set_forkserver_preload(["preloaded"])
     places = [{}]
     if processes > 1:
         with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:

@@ -10,6 +10,7 @@ import collections
 import contextlib
 import io
 import json
+import multiprocessing
 import os
 import sys
 import time
@@ -280,6 +281,11 @@ def watch_precision(folder, rank):
 
 
 # Disturbing
+
+
+def spawn_workers(folder, rank):
+    """Starts the data loader's workers as macOS and Windows do."""
+    multiprocessing.set_start_method("spawn", force=True)
 
 
 def no_memory_for_final_pictures(folder, rank):

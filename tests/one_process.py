@@ -5,6 +5,7 @@ Reads {name: [folder, flags]} as JSON from standard input, works in each folder 
 standard output and standard error, and the traceback of its exception.
 """
 
+import gc
 import json
 import os
 import sys
@@ -34,5 +35,6 @@ def call(folder, words):
         return {"ended": ended, "printed": printed.read(), "traceback": trace}
 
 
+gc.freeze()  # as the script does
 answers = {name: call(*arguments) for name, arguments in json.loads(sys.stdin.read()).items()}
 print(json.dumps(answers))

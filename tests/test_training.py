@@ -11,7 +11,7 @@ import torch
 from diffusers import DDPMScheduler
 from launching import FAST, finish, flags, fork, in_one_process, start, train
 from models import EMBEDDED
-from observers import record_losses, record_steps
+from observers import record_losses, record_steps, spawn_workers
 from reading import (
     base_weights,
     beginning,
@@ -328,6 +328,12 @@ def plain(plain_flags, tmp_path_factory):
 def test_same_seed_same_bits(trained, plain):
     """With and without validation, checkpoints, trackers and worker processes."""
     assert same_bits(load_trained(trained), load_trained(plain))
+
+
+def test_workers_of_other_systems(plain, plain_flags, tmp_path):
+    """A worker that does not share the memory of the main process gets the data set by pickling."""
+    folder = fork(tmp_path / "run", observer=spawn_workers, **plain_flags | {"dataloader_num_workers": 1})
+    assert same_bits(load_trained(folder), load_trained(plain))
 
 
 def test_no_clipping(plain, plain_flags, tmp_path):
