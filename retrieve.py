@@ -76,7 +76,6 @@ class Failure(Exception):
 def parse_args(input_args=None):
     """Parses the command line, or the list of strings `input_args`. The defaults are those of `retrieve`."""
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     add = parser.add_argument_group("class").add_argument
     add("--class_prompt", required=True, help='the class: "cat"; also the caption of pictures that have none')
     add("--class_data_dir", required=True, help="folder for the pictures and their captions")
@@ -99,6 +98,8 @@ def parse_args(input_args=None):
     add("--min_size", type=int, help="skip pictures with a shorter side, in pixels")
     add("--allow_private_hosts", action="store_true", help="also download from loopback, private, link-local hosts")
     parser.set_defaults(**retrieve.__kwdefaults__)
+    for action in parser._actions:  # argparse's formatter with defaults would say "(default: None)", too
+        action.help += "" if action.default in (None, argparse.SUPPRESS) else " (default: %(default)s)"
     args = parser.parse_args(input_args)
     try:
         check_arguments(args)

@@ -101,7 +101,6 @@ def number(kind, least, below=math.inf):
 def parse_args(input_args=None):
     """Reads the command line, or the list of strings `input_args`, into a checked `argparse.Namespace`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     parser.usage = "accelerate launch train_custom_diffusion.py --pretrained_model_name_or_path MODEL [other flags]"
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")  # without the usage: one line
     flag = {"type": boolean, "nargs": "?", "const": True, "default": False}
@@ -182,6 +181,8 @@ def parse_args(input_args=None):
     add("--hub_token", help="token for the upload; better: `hf auth login`")
     add("--hub_model_id", help="repository; default: the output folder's name")
     # fmt: on
+    for action in parser._actions:  # argparse's formatter with defaults would say "(default: None)", too
+        action.help += "" if action.default in (None, argparse.SUPPRESS) else " (default: %(default)s)"
     args = parser.parse_args(input_args)
     needed = ["instance_data_dir", "instance_prompt"]
     needed += ["class_data_dir", "class_prompt"] if args.with_prior_preservation else []

@@ -328,7 +328,7 @@ class Worker:
 
     def limit(self):
         """FLOPs a second of a matrix product at this row's precision: the best of five."""
-        torch, n = self.torch, 8192 if self.is_cuda else 2048
+        torch, n = self.torch, 8192 if self.is_cuda else 1024
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.setup.precision, torch.float32)
         left, right = torch.randn(2, n, n, dtype=dtype, device="cuda" if self.is_cuda else "cpu")
         times = []

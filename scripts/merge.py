@@ -65,7 +65,6 @@ CAPTIONS = Path(__file__).with_name("captions.txt")
 def parse_args(input_args=None):
     """Reads the command line, or the list of strings `input_args`, into a checked `argparse.Namespace`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     parser.usage = (
         "python scripts/merge.py RESULT [RESULT ...] --pretrained_model_name_or_path MODEL --output_dir FOLDER"
     )
@@ -87,6 +86,8 @@ def parse_args(input_args=None):
     add("--method", choices=("least_squares", "paper"), default="least_squares",
         help="paper: the concepts are kept exactly, whatever that costs the rest")
     # fmt: on
+    for action in parser._actions:  # argparse's formatter with defaults would say "(default: None)" and "[]", too
+        action.help += "" if action.default in (None, [], argparse.SUPPRESS) else " (default: %(default)s)"
     return parser.parse_args(input_args)
 
 

@@ -179,6 +179,12 @@ def test_flags_and_defaults():
             assert shown[name].replace("none", "") == words.get(value, value), name
 
 
+@pytest.mark.parametrize("name", ["train_custom_diffusion.py", "retrieve.py", "scripts/merge.py"])
+def test_help_shows_defaults_where_there_are_any(name):
+    shown = re.findall(r"\(default:\s+([^)]+)\)", run(sys.executable, ROOT / name, "--help").stdout)
+    assert len(shown) >= 5 and not {"None", "[]", "==SUPPRESS=="} & set(shown)
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_flags_that_are_named_exist(page):
     """In sentences; those in code blocks are used."""
