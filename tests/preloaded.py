@@ -2,11 +2,10 @@
 
 import gc
 
-import diffusers
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline  # noqa: F401 (diffusers imports them late)
 from PIL import Image
 
 import train_custom_diffusion  # noqa: F401
 
-assert diffusers.StableDiffusionPipeline and diffusers.StableDiffusionXLPipeline  # imported when they are looked up
 Image.init()
 gc.freeze()  # a collection in a forked process looks at what that has made, not at all modules
