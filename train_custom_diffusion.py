@@ -891,7 +891,7 @@ def one_line_errors(main):
         except BaseException as error:
             # frees what the frames hold: workers, which Python would wait for, and models, which a notebook would keep
             traceback.clear_frames(error.__traceback__)
-            status, said = None, str(error) if isinstance(error, RuntimeError) else ""
+            status, said = None, f"{error} {error.__cause__}" if isinstance(error, RuntimeError) else ""
             for text in filter(said.__contains__, REMEDIES):
                 status = f"error: {text}: {REMEDIES[text]}"
             if isinstance(error, OSError) and (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT)):

@@ -26,7 +26,8 @@ SECRETS = {
 LAUNCHERS = {
     "python": [sys.executable],
     "accelerate": [Path(sys.executable).with_name("accelerate"), "launch"],
-    "torchrun": [Path(sys.executable).with_name("torchrun"), "--nproc_per_node=2"],
+    # standalone: on a port of its own, which older versions of torch do not choose by themselves
+    "torchrun": [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc_per_node=2"],
 }
 # Without --multi_gpu, accelerate starts a single process where there is no GPU.
 LAUNCHERS["accelerate, two processes"] = [*LAUNCHERS["accelerate"], "--multi_gpu", "--num_processes=2"]

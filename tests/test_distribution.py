@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import with_classes
 from launching import FAST, LAUNCHERS, OBSERVERS, SCRIPT, finish, flags, fork, run, start, train, wait_until
-from observers import record_files_and_weights, run_out_of_memory
+from observers import bus_error_in_a_worker, record_files_and_weights, run_out_of_memory
 from pictures import make_picture
 from reading import distance, load_trained, movement, training_state
 
@@ -147,8 +147,16 @@ def test_small_shared_memory(size, status, one_real_concept, tmp_path):
     commands = f'mount -t tmpfs -o size={size} tmpfs /dev/shm && exec "$@"'
     process = run("unshare", "-Urm", "bash", "-c", commands, "bash", sys.executable, SCRIPT, *words)
     assert process.returncode == status and "Traceback" not in process.stderr, process.stderr[-3000:]
-    line = process.stderr.splitlines()[-1]
+    line = process.stderr.splitlines()[-1].lstrip("\0")  # which older versions of torch print after a bus error
     assert status == 0 or line.startswith("error: ") and "/dev/shm" in line and "--dataloader_num_workers 0" in line
+
+
+def test_bus_error_in_a_worker(one_real_concept, tmp_path):
+    """torch says only in the cause of its error that the memory may be the reason."""
+    values = one_real_concept | {"max_train_steps": 2, "dataloader_num_workers": 1}
+    children = start(tmp_path / "run", observer=bus_error_in_a_worker, **values)
+    said = finish(children, tmp_path / "run", status=1)
+    assert "error: shared memory: /dev/shm is full" in said and "Traceback" not in said
 
 
 def test_picture_that_vanishes(one_real_concept, tmp_path):
@@ -206,10 +214,11 @@ def test_launcher_ends_when_one_process_fails(own_pictures, tmp_path):
 
 
 def test_bad_data_ends_all_processes(own_pictures, tmp_path):
-    """Two launched processes: each ends with the line, and none with a traceback of its own."""
+    """Two launched processes: each ends with the line, if the launcher has not ended it after the other's."""
     (tmp_path / "mine" / "2.png").write_bytes(b"no picture")
     process = run(*LAUNCHERS["torchrun"], SCRIPT, *flags(**FAST | own_pictures | {"output_dir": tmp_path / "run"}))
-    assert process.returncode != 0 and process.stderr.count("error: ") == 2 and "2.png: " in process.stderr
+    assert process.returncode != 0 and process.stderr.count("error: ") in (1, 2) and "2.png: " in process.stderr
+    assert "SystemExit" not in process.stderr and 'train_custom_diffusion.py", line' not in process.stderr
     assert not (tmp_path / "run").exists()
 
 

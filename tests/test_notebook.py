@@ -235,7 +235,7 @@ def test_setup_finds_or_fetches_the_scripts(kernel, tmp_path):
 
     def setup(folder, repository=""):
         code = CODE["setup"].replace('REPOSITORY = ""', f"REPOSITORY = {str(repository)!r}")
-        printed, error = kernel.answer(f"%cd -q {folder}\n{code}")
+        printed, error = kernel.answer(f"import os\nos.chdir({str(folder)!r})\n{code}")
         return printed, error, kernel.answer("print(os.getcwd())")[0].strip()
 
     assert setup(clone) == ("", None, str(clone))

@@ -553,11 +553,11 @@ STOP = """
 import os, time
 replace = os.replace
 
-def slow(source, target):
-    if str(target).endswith(os.environ["STOP_AT"]):
+def slow(*paths):
+    if str(paths[-1]).endswith(os.environ["STOP_AT"]):
         os.close(os.open(os.environ["STOPPED"], os.O_CREAT))
         time.sleep(60)
-    return replace(source, target)
+    return replace(*paths[-2:])  # Python 3.10 calls it as a method
 
 os.replace = slow
 """
