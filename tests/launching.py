@@ -104,7 +104,7 @@ def main_in_child(words, folder, observer, env, cwd):
     for name, value in env.items():
         os.environ.pop(name, None) if value is None else os.environ.update({name: value})
     os.setsid()
-    multiprocessing.set_start_method("fork", force=True)  # of the data loader's workers: that of this process is slow
+    multiprocessing.set_start_method("fork", force=True)  # for workers: a forkserver's would import everything again
     log = os.open(folder.with_name(f"{folder.name}.log{env.get('RANK', '')}"), os.O_APPEND | os.O_WRONLY)
     os.dup2(log, 1), os.dup2(log, 2)
     os.chdir(cwd or ".")
