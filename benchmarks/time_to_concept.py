@@ -53,7 +53,7 @@ def main():
         # what diffusers writes as .safetensors it cannot load
         "reference": (args.reference, [*flags, "--no_safe_serialization"]),
         "exact": (ours, flags),
-        # what little is left to do to a sample then costs less than handing it over
+        # preparing a cached sample takes less time than passing it between processes
         "cached": (ours, [*flags, "--cache_latents", "2", "--dataloader_num_workers", "0"]),
     }
     done = {name: [] for name in runs}

@@ -26,7 +26,7 @@ SECRETS = {
 LAUNCHERS = {
     "python": [sys.executable],
     "accelerate": [Path(sys.executable).with_name("accelerate"), "launch"],
-    # standalone: on a port of its own, which older versions of torch do not choose by themselves
+    # standalone: on a port of its own, as two tests may run side by side
     "torchrun": [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc_per_node=2"],
 }
 # Without --multi_gpu, accelerate starts a single process where there is no GPU.
