@@ -864,7 +864,7 @@ def test_trainer_names_the_command_that_works(web, local, world, tmp_path):
     process = run(sys.executable, SCRIPT, *words, *flags(**local))
     assert process.returncode == 0, process.stderr
     (concept,) = read_concepts(args)
-    assert [caption for _, caption in concept.class_images] == [f"a cat, number {number}" for number in range(4)]
+    assert [caption for _, caption in concept.class_samples] == [f"a cat, number {number}" for number in range(4)]
 
 
 def test_from_python(tmp_path):
