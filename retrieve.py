@@ -50,20 +50,24 @@ except ImportError as error:
 HEADERS = {"User-Agent": "CustomDiffusion-retrieve/1.0 (+https://arxiv.org/abs/2212.04488)"}
 PASSING_STATUSES = (408, 425, 429, 500, 502, 503, 504)
 MAX_REDIRECTS = 5
-MAX_SEARCH_SECONDS = 120  # of a question to a search service, retries included
-MAX_ANSWER_BYTES = 200_000_000  # of a search service
-# Some of Pillow's other decoders start programs.
+# A search service may take longer than a picture, retries included, and its answer may be larger.
+MAX_SEARCH_SECONDS = 120
+MAX_ANSWER_BYTES = 200_000_000
+# No others are read, because some of Pillow's decoders start other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 50_000_000
-MAX_CANDIDATES = 20  # for each picture wanted, so that a search without end ends
+# So many candidates are tried for each picture wanted, so that a search without end ends.
+MAX_CANDIDATES = 20
 BATCH = 16  # candidates that a worker is given at a time
-# What metadata.jsonl keeps of what a source says about a picture.
+# A line of metadata.jsonl keeps this of what a source says about a picture.
 KEPT = ("text", "url", "license", "license_url", "creator", "attribution")
-LISTS = {"caption.txt": "text", "urls.txt": "url", "images.txt": "file_name"}  # and the key in metadata.jsonl
+# Each list holds one key of metadata.jsonl. The last one says which pictures are there.
+LISTS = {"caption.txt": "text", "urls.txt": "url", "images.txt": "file_name"}
 CAPTION_COLUMNS = ("text", "caption", "txt", "TEXT", "prompt", "json")
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "url", "URL")
 PLURALS = {"person": "people", "man": "men", "woman": "women", "child": "children", "sheep": "sheep", "fish": "fish"}
-TRACEBACK = os.environ.get("CUSTOM_DIFFUSION_TRACEBACK")  # if set, what is behind a one-line message is shown
+# If it is set, the traceback behind a one-line message is shown.
+TRACEBACK = os.environ.get("CUSTOM_DIFFUSION_TRACEBACK")
 # A decoded picture can take several hundred megabytes, so two are decoded at a time.
 DECODERS = threading.BoundedSemaphore(2)
 CONNECTIONS = {"http": urllib3.connection.HTTPConnection, "https": urllib3.connection.HTTPSConnection}
@@ -153,9 +157,9 @@ def read_content(response, args, picture):
 
 
 def request(url, args, picture, deadline, body, headers):
-    """Sends one request, a POST if it has a body, and returns the content, or for a redirect None, and where it leads.
+    """Sends one request, a POST if it has a body. Returns the content and the url, or None and where a redirect leads.
 
-    Only a picture's redirects count: a search service that moved is an error.
+    Only a picture's redirects are followed: a search service that has moved is an error.
     """
     parts = urllib3.util.parse_url(url)
     if parts.scheme not in CONNECTIONS or not parts.host:
@@ -312,10 +316,11 @@ def ask(url, flag, args, body=None, headers=None):
     try:
         content = fetch(url, args, picture=False, body=body, headers=headers)
         answer = json.loads(content)
+        results = answer
+        pages = 1
         if isinstance(answer, dict):
-            results, pages = answer["results"], int(answer["page_count"])
-        else:
-            results, pages = answer, 1
+            results = answer["results"]
+            pages = int(answer["page_count"])
         entries = [entry for entry in results if isinstance(entry, dict)]
         entries = [entry for entry in entries if one_line(entry.get("url")) or one_line(entry.get("image"))]
         return entries, pages
@@ -377,7 +382,7 @@ def search_openverse(args):
             try:
                 entries, pages = ask(f"{args.openverse_url}?{query}", "--openverse_url", args, headers=headers)
             except RetrieveError as error:
-                if token and "HTTP 401" in str(error):  # a token is good for 12 hours
+                if token and "HTTP 401" in str(error):  # a token expires after 12 hours
                     raise RetrieveError(f"{error}; renew or unset OPENVERSE_TOKEN") from error
                 raise
             for entry in entries:
@@ -399,7 +404,8 @@ def read_shards(shards, args):
     name_parts = re.compile(r"(?P<stem>(?:.*/)?[^./]+)\..*?(?P<ending>\w+)")
     for shard in shards:
         with tarfile.open(shard) as tar:
-            stem, row = None, {}
+            stem = None
+            row = {}
             for member in tar:
                 parts = name_parts.fullmatch(member.name)
                 if not member.isfile() or not parts:
@@ -422,23 +428,27 @@ def with_json(row):
 
 def open_dataset(args):
     """Rows of the dataset as dicts, their pictures undecoded, and its columns of pictures; hidden files are no part."""
-    name, options = args.dataset, {}
-    path = Path(name)
+    path = Path(args.dataset)
     files = [path]
     if not path.is_file():
-        files = [Path(file) for file in sorted(glob.glob(f"{glob.escape(name)}/**", recursive=True))]
+        pattern = f"{glob.escape(args.dataset)}/**"
+        files = [Path(file) for file in sorted(glob.glob(pattern, recursive=True))]
     shards = [file for file in files if file.suffix == ".tar"]
     pictures = [file for file in files if file.suffix.lower() in Image.registered_extensions()]
     captioned = [file for file in pictures if file.with_suffix(".txt").is_file()]
 
+    name = args.dataset
+    options = {}
     if path.is_dir() and any(file.name.startswith("metadata.") for file in files):
-        name, options = "imagefolder", {"data_dir": args.dataset}
-    elif shards:  # before anything else, as img2dataset leaves tables beside them
+        name = "imagefolder"
+        options = {"data_dir": args.dataset}
+    elif shards:  # img2dataset leaves tables beside them, which hold no pictures
         return read_shards(shards, args), []
     elif captioned:
         return map(read_captioned, captioned), []
     elif path.is_file() and path.suffix == ".parquet":
-        name, options = "parquet", {"data_files": {args.split: args.dataset}}
+        name = "parquet"
+        options = {"data_files": {args.split: args.dataset}}
     elif path.is_file():
         raise ValueError("give a .parquet or a webdataset .tar file, or a folder")
 
@@ -485,12 +495,12 @@ def read_dataset(args):
                 raise ValueError(f"its columns are {columns}; choose with --image_column and --caption_column")
 
             picture = first_value(row, image_columns)
-            if isinstance(picture, dict):  # of a column of pictures that are not decoded
+            if isinstance(picture, dict):  # so `datasets` gives pictures that it has not decoded
                 picture = picture.get("bytes") or picture.get("path")
             caption = first_value(row, caption_columns)
             if isinstance(caption, bytes):
                 caption = caption.decode("utf-8", "replace")
-            if isinstance(caption, dict):  # the .json of img2dataset
+            if isinstance(caption, dict):  # img2dataset has captions in a .json
                 caption = caption.get("caption")
             caption = one_line(caption)
             if not mention.search(caption.casefold()) or not isinstance(picture, (bytes, str)):
@@ -557,7 +567,8 @@ def read_pictures(folder, unfinished):
         return []
     try:
         records = {}
-        for file in [*folder.glob("images/metadata.jsonl"), *folder.glob("metadata.jsonl")]:  # where it was, and is
+        # Earlier versions had the file beside the pictures.
+        for file in [*folder.glob("images/metadata.jsonl"), *folder.glob("metadata.jsonl")]:
             for line in file.read_text("utf-8").splitlines():
                 record = json.loads(line)
                 records[file.parent / record["file_name"]] = record
@@ -567,7 +578,8 @@ def read_pictures(folder, unfinished):
         # A run that was killed before it renamed images.txt may have lengthened the other lists.
         for text, url, name in zip(*lists, strict=not unfinished.exists()):
             file = folder / name
-            if not file.is_file():  # the guide's script wrote paths relative to the working folder, and no metadata
+            # The guide's script wrote paths that are relative to the working folder, and no metadata.
+            if not file.is_file():
                 file = Path(name).resolve()
             if not file.is_file():
                 raise ValueError(f"{name} is missing")
@@ -607,7 +619,7 @@ def publish(folder, unfinished, pictures, new):
     for name, key in LISTS.items():
         lines = [record[key] for record in records]
         write(folder / name, "".join(f"{line}\n" for line in lines).encode(), unfinished)
-    (folder / "images" / "metadata.jsonl").unlink(missing_ok=True)  # of earlier versions
+    (folder / "images" / "metadata.jsonl").unlink(missing_ok=True)  # an earlier version may have left it
 
 
 # ---------- The run ---------------------------------------------------------------------------------------------
@@ -615,7 +627,7 @@ def publish(folder, unfinished, pictures, new):
 
 def read_file(name, args):
     """Content of a file that a dataset names: a local one, one in an archive, or one on the hub."""
-    import fsspec  # needed by datasets alone
+    import fsspec  # only --dataset needs it
 
     try:
         address = name.rpartition("::")[2].removeprefix("hf://")
@@ -653,11 +665,12 @@ def collect(pictures, unfinished, args):
         with contextlib.suppress(Failure):
             digests.add(record.get("pixel_sha256") or convert(file.read_bytes(), args)[1])
     candidates = find_candidates({record["url"] for _, record in pictures}, args)
-    # The first one is asked for here, so that a source's error comes before the bar.
+    # The source is asked for its first candidate here, so that its error comes before the bar.
     first = list(itertools.islice(candidates, 1))
     candidates = itertools.chain(first, candidates)
 
-    new, failures = [], Counter()
+    new = []
+    failures = Counter()
     pool = ThreadPoolExecutor(args.num_workers)
     bar = tqdm(total=args.num_class_images, initial=len(pictures), unit="picture", leave=False)
     try:
@@ -722,8 +735,10 @@ def retrieve(
     if dataset:  # bash leaves the ~ of --flag=~/folder alone
         args.dataset = os.path.expanduser(dataset)
     folder = Path(os.path.expanduser(class_data_dir)).resolve()
-    unfinished = folder / ".unfinished"  # here is what a run, or one that was killed, has not yet put in its place
-    new, failures = [], Counter()
+    # Here lies what a run, or one that was killed, has not yet put in its place.
+    unfinished = folder / ".unfinished"
+    new = []
+    failures = Counter()
     try:
         pictures = read_pictures(folder, unfinished)
         if len(pictures) < num_class_images:
@@ -752,7 +767,8 @@ def parse_args(input_args=None):
 
     def add(group, flag, meaning, **options):
         default = defaults.get(flag.removeprefix("--"))
-        if default is not None:  # argparse's own formatter would say "(default: None)", too
+        # argparse's own formatter would say "(default: None)", too.
+        if default is not None:
             meaning = f"{meaning} (default: {default})"
         group.add_argument(flag, help=meaning, default=default, **options)
 
