@@ -505,6 +505,7 @@ def read_concepts(args):
             read_class_images(concept, args)
         concepts.append(concept)
     check_folders(concepts, output_dir, args.real_prior)
+    # A picture that cannot be read would otherwise end the run when its turn comes.
     samples = [sample for concept in concepts for sample in concept.instance_samples + concept.class_samples]
     for file in dict(samples):
         with failing_as(file, "not a readable picture: repair or remove it"):
@@ -659,6 +660,7 @@ class CustomDiffusionDataset(Dataset):
         --alpha_mask its mean over a cell is a factor of the mask. For SDXL also input_ids_2
         (tokens,) and time_ids (6,).
         """
+        # Get the picture and cut it to a square if asked for
         size, cells = self.size, self.latent_shape[1]
         is_instance = picture < len(self.instances)
         file, prompt = (self.instances + self.classes)[picture]
@@ -670,6 +672,7 @@ class CustomDiffusionDataset(Dataset):
             # Whole pixels: resampling would blur a sharp edge of the alpha.
             image = ImageOps.fit(image, (side, side), Image.Resampling.NEAREST)
             original_size = (min(original_size), min(original_size))
+        # Place it, and let the prompt say how
         if is_instance:
             scale = draw_scale(size, rng) if self.aug else size
             pixels, corner, mask = place_instance(image, scale, size, size // cells, rng)
@@ -684,6 +687,7 @@ class CustomDiffusionDataset(Dataset):
         else:
             pixels, corner = random_window(image, size, size, rng)
             mask = np.ones((cells, cells), np.float32)
+        # Tokenize the prompt
         example = {"pixels": pixels.transpose(2, 0, 1), "mask": mask[None]}
         tokenizers = self.tokenizers if is_instance else self.class_tokenizers
         for name, tokenizer in zip(("input_ids", "input_ids_2"), tokenizers, strict=False):
@@ -894,6 +898,7 @@ def add_words(tokenizer, args):
     words = modifier_tokens(args)
     is_default = args.initializer_token == DEFAULT_INITIALIZERS
     vocabulary = tokenizer.get_vocab()
+    # A word stands for its one token, and what is no word for the entry of the vocabulary that it is.
     initializer_ids = []
     for initializer in args.initializer_token.split("+")[: len(words)]:
         pieces = tokenizer.tokenize(initializer)
@@ -904,6 +909,7 @@ def add_words(tokenizer, args):
         if len(pieces) != 1:
             fail(f"--initializer_token {initializer!r}", f"not one token but {pieces}; give a word that is one")
         initializer_ids.append(vocabulary[pieces[0]])
+    # A new word must be new, for diffusers' loader as well.
     names = {*vocabulary, *words}
     for word in words:
         lower = word.lower()  # as diffusers' loader of embeddings matches it
@@ -982,6 +988,7 @@ def build_models(args, accelerator, pipeline, word_ids, initializer_ids):
     text_encoders = [text_encoder for _, text_encoder in text_parts(pipeline)]
     dtype = training_dtype(accelerator)
     use_xformers = args.enable_xformers_memory_efficient_attention
+    # Freeze everything
     for network in (*text_encoders, unet, vae):
         network.requires_grad_(False)
     if use_xformers:
@@ -998,6 +1005,7 @@ def build_models(args, accelerator, pipeline, word_ids, initializer_ids):
     # SDXL's VAE overflows in fp16.
     is_vae_float = len(text_encoders) > 1 and dtype == torch.float16 and vae.config.force_upcast
     vae.to(torch.float32 if is_vae_float else dtype)
+    # Save memory where asked for, and move to the device
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
         for text_encoder in text_encoders:
@@ -1386,6 +1394,7 @@ def prove_reload(result, accelerator, pipeline, base_tokenizers, concepts):
     prediction within rounding, as diffusers installs another attention kernel.
     """
     torch.backends.cuda.matmul.allow_tf32 = False  # its rounding would pass for a difference
+    # What was trained, what it predicts, and how it reads the prompts
     prompts = [caption for concept in concepts for _, caption in concept.instance_samples]
     class_prompts = [concept.class_prompt for concept in concepts if concept.class_prompt]
     tables = result.tables(pipeline)
@@ -1401,6 +1410,7 @@ def prove_reload(result, accelerator, pipeline, base_tokenizers, concepts):
     except Exception:
         check_files(result, tables)
         raise
+    # The same of what diffusers has loaded
     problem = f"its files are kept, but diffusers {diffusers.__version__} loads another"
     loaded = trained_values(pipeline, result.words)
     for key, values in trained.items():
@@ -1459,6 +1469,7 @@ Custom Diffusion weights for `{base}`, trained on pictures of {", ".join(f"`{pro
 {shown if pictures else ""}
 """
     (result.folder / "README.md").write_text(card, encoding="utf-8")
+    # Upload by name, as a folder can hold anything besides.
     sheets = ["before_after.png", "steps.png"] if pictures else []
     # The hub's patterns are those of file names, in which brackets and stars of a word mean something else.
     endings = ("bin", "safetensors") if result.safe else ("bin",)
@@ -1536,6 +1547,7 @@ class Checkpoints:
     def save(self, step):
         """Writes a checkpoint; only then deletes the oldest ones beyond --checkpoints_total_limit."""
         scaler = self.accelerator.scaler
+        # The settings of optimizer and schedule are left out, as those of the command line count when a run is resumed.
         state = {
             "optimizer": self.optimizer.state_dict()["state"],
             "lr_scheduler": self.lr_scheduler.last_epoch,
@@ -1596,6 +1608,7 @@ class Checkpoints:
 
     def load(self, folder):
         """Loads weights and states, but no settings, of optimizer and schedule; returns the step."""
+        # Everything is compared before anything is loaded.
         record = json.loads((folder / CHECKPOINT_NAME).read_bytes())
         made_with = record["settings"]
         for name, value in self.result.settings.items():
@@ -1785,6 +1798,7 @@ def start_accelerator(args):
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))],
         dataloader_config=DataLoaderConfiguration(non_blocking=True),
     )
+    # What was asked for must be there, as the libraries would go on without it.
     precision, device = accelerator.mixed_precision, accelerator.device.type
     supported = ("no", "bf16") if device == "cpu" else ("no", "fp16", "bf16")
     if precision not in supported:
