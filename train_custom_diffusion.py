@@ -40,7 +40,6 @@ import signal
 import sys
 import tempfile
 import textwrap
-import time
 import traceback
 import warnings
 from datetime import timedelta
@@ -1500,7 +1499,8 @@ class Checkpoints:
         self.result, self.accelerator, self.pipeline = result, accelerator, pipeline
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.limit = limit
-        self.started = time.time()  # of the run, however often it is resumed
+        # A run has one number, however often it is resumed.
+        self.run = 1 + max((run for run, _ in self.saved().values()), default=0)
 
     def claim_folder(self):
         """Locks the output folder and rehearses the end there: saves, and lets diffusers load the weights.
@@ -1530,19 +1530,18 @@ class Checkpoints:
                 raise RuntimeError(f"diffusers {diffusers.__version__} does not install the weights")
 
     def saved(self):
-        """Checkpoints of the output folder: of the latest run the last, and within a run by step.
+        """Checkpoints of the output folder in their order: {folder: (number of the run, step)}.
 
-        The record of each says when its run started, as the times of files say nothing after a copy
-        or a download.
+        The records say so, as the times of files say nothing after a copy or a download.
         """
-        folders = {}
+        orders = {}
         for file in self.result.folder.glob(f"checkpoint-*/{CHECKPOINT_NAME}"):
             try:
                 record = json.loads(file.read_bytes())
-                folders[file.parent] = (record.get("started", 0), record["step"])
+                orders[file.parent] = (record.get("run", 0), record["step"])
             except (ValueError, KeyError, AttributeError):
-                folders[file.parent] = (0, 0)  # corrupt: it is taken last, and deleted first
-        return sorted(folders, key=folders.get)
+                orders[file.parent] = (-1, 0)  # corrupt: taken last, and deleted first
+        return {folder: orders[folder] for folder in sorted(orders, key=orders.get)}
 
     def save(self, step):
         """Writes a checkpoint; only then deletes the oldest ones beyond --checkpoints_total_limit."""
@@ -1553,7 +1552,7 @@ class Checkpoints:
             "lr_scheduler": self.lr_scheduler.last_epoch,
             "scaler": scaler.state_dict() if scaler else None,
         }
-        record = {"step": step, "started": self.started, "settings": self.result.settings}
+        record = {"step": step, "run": self.run, "settings": self.result.settings}
         folder = self.result.folder / f"checkpoint-{step}"
         unfinished = self.result.folder / ".unfinished-checkpoint"
         try:
@@ -1566,7 +1565,7 @@ class Checkpoints:
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)  # it would fill a full disk
         if self.limit:
-            for old in self.saved()[: -self.limit]:
+            for old in list(self.saved())[: -self.limit]:
                 self.delete(old)
 
     def delete(self, folder):
@@ -1589,7 +1588,8 @@ class Checkpoints:
             return 0
         known = self.saved()
         if name == "latest":
-            folder = known[-1] if known else None
+            folder = list(known)[-1] if known else None
+            self.run = known.get(folder, (self.run, 0))[0]
         else:
             named = [path for path in (self.result.folder / name, Path(name)) if path.is_dir()]
             folder = named[0] if named else None
@@ -1624,7 +1624,6 @@ class Checkpoints:
         # The rates of this command line at that step; a schedule's own state would bring back those of the old one.
         self.lr_scheduler.last_epoch = state["lr_scheduler"] - 1
         self.lr_scheduler.step()
-        self.started = record.get("started", 0)
         return record["step"]
 
 
