@@ -500,7 +500,8 @@ def main():
         jobs = {(n, seed): pool.submit(train, n, seed, trainings[n]) for seed in args.seeds for n in trainings}
         folders = {key: job.result() for key, job in jobs.items()}
         if args.shared_background:
-            return report(background_table(pool, folders, prompts), f"{prompts} backgrounds")
+            report(background_table(pool, folders, prompts), f"{prompts} backgrounds")
+            return
         base = pool.submit(measures, folder_of("base", 0), prompts, list(TOKENS), limits=True)
         for name, (_, flags) in runs.items():
             for seed in args.seeds if name not in trainings else ():

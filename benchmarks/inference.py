@@ -38,8 +38,8 @@ def pipelines(model, device, dtype):
         found["loaded"].unet.load_attn_procs(folder, weight_name=weights, _pipeline=found["loaded"])
         for name, value in load_file(f"{folder}/{weights}").items():
             if value.numel():
-                name = name.replace(".processor", "").replace("_custom_diffusion", "")
-                found["merged"].unet.get_parameter(name).data.copy_(value)
+                own = name.replace(".processor", "").replace("_custom_diffusion", "")
+                found["merged"].unet.get_parameter(own).data.copy_(value)
     return {name: pipeline.to(device, dtype) for name, pipeline in found.items()}
 
 

@@ -500,22 +500,22 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 def startup(rounds):
     """Markdown table: seconds from a command to what it is for, interleaved."""
-    words = ["--pretrained_model_name_or_path=assets/model", "--instance_data_dir=assets/instance/cat"]
-    words += ["--instance_prompt=photo of a <new1> cat", "--modifier_token=<new1>", "--resolution=128"]
-    words += ["--max_train_steps=1"]
+    flags = ["--pretrained_model_name_or_path=assets/model", "--instance_data_dir=assets/instance/cat"]
+    flags += ["--instance_prompt=photo of a <new1> cat", "--modifier_token=<new1>", "--resolution=128"]
+    flags += ["--max_train_steps=1"]
     script = [sys.executable, "train_custom_diffusion.py"]
     commands = {
         "everything imported eagerly (DIFFUSERS_SLOW_IMPORT=1)": [sys.executable, "-c", IMPORTS],
         "the usual imports": [sys.executable, "-c", IMPORTS],
-        "the trainer's first step, embedded model": [*script, *words, "--report_to=none"],
+        "the trainer's first step, embedded model": [*script, *flags, "--report_to=none"],
         "--help": [*script, "--help"],
     }
     times = {name: [] for name in commands}
     for _ in range(rounds):
-        for name, command in commands.items():
+        for name, words in commands.items():
             env = os.environ | {"HF_HUB_OFFLINE": "1"} | ({"DIFFUSERS_SLOW_IMPORT": "1"} if "eager" in name else {})
             with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as log:
-                command = [*command, f"--output_dir={folder}/run"] if "first step" in name else command
+                command = [*words, f"--output_dir={folder}/run"] if "first step" in name else words
                 start = time.perf_counter()
                 process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.PIPE)
                 if "first step" in name:
