@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_custom_diffusion as trainer  # isort: skip, first: it quiets the libraries
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.utils import logging
 from safetensors.torch import load_file
 from step import SIZES, describe_device, make_model, spread
 
@@ -46,14 +47,17 @@ def pipelines(model, device, dtype):
 @torch.no_grad()
 def main():
     parser = argparse.ArgumentParser(description="Time a prediction with loaded and with merged weights.")
-    parser.add_argument("--size", choices=SIZES, default="mid2")
+    sizes = [name for name, size in SIZES.items() if not size.text_2]  # without XL
+    parser.add_argument("--size", choices=sizes, default="mid2")
     parser.add_argument("--rounds", type=int, default=15, help="how often each has its turn")
     args = parser.parse_args()
+    logging.set_verbosity_error()
     device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
     networks = {name: pipeline.unet for name, pipeline in pipelines(make_model(args.size), device, dtype).items()}
-    cells, size = SIZES[args.size].resolution // 8, SIZES[args.size]
+    size = SIZES[args.size]
+    cells = size.resolution // 8
     latents = torch.randn(2, 4, cells, cells, device=device, dtype=dtype)
-    hidden = torch.randn(2, 77, size.text, device=device, dtype=dtype)
+    hidden = torch.randn(2, 77, size.text[0], device=device, dtype=dtype)
     seconds, outputs = {name: [] for name in networks}, {}
     for _ in range(args.rounds + 2):
         for name, unet in networks.items():

@@ -119,7 +119,7 @@ def make_model(name):
     folder, size = MODELS / f"{name}-transformers-{metadata.version('transformers')}", SIZES[name]
     if folder.exists():
         return folder
-    os.environ["DIFFUSERS_VERBOSITY"] = "error"
+    os.environ |= {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
     import diffusers
     import torch
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
