@@ -5,6 +5,9 @@
     python retrieve.py --class_prompt cat --class_data_dir real_reg/samples_cat --dataset my_captioned_pictures
 
 From Python: `from retrieve import retrieve; retrieve("cat", "real_reg/samples_cat", 200)`.
+
+The file reads from top to bottom, and everything points up: what the web answers, pictures, sources, the folder, the
+run, the command. docs/class-pictures.md describes the sources and the folder.
 """
 
 import argparse
@@ -43,22 +46,35 @@ except ImportError as error:
         raise
     sys.exit(f"error: {error}; pip install -r requirements.txt")
 
-HEADERS = {"User-Agent": "CustomDiffusion-retrieve/1.0 (+https://arxiv.org/abs/2212.04488)"}  # Wikimedia asks for a URL
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # only these: some of Pillow's decoders start other programs
-MAX_PIXELS, MAX_REDIRECTS = 50_000_000, 5
-MAX_CANDIDATES = 20  # per picture wanted, so that a search without end ends
-MAX_ANSWER_BYTES, MAX_SEARCH_SECONDS = 200_000_000, 120  # of a search service; the seconds include retries
+# Wikimedia refuses programs whose name comes without an address.
+HEADERS = {"User-Agent": "CustomDiffusion-retrieve/1.0 (+https://arxiv.org/abs/2212.04488)"}
 PASSING_STATUSES = (408, 425, 429, 500, 502, 503, 504)
-KEPT = ("text", "url", "license", "license_url", "creator", "attribution")  # of what a source says, in metadata.jsonl
+MAX_REDIRECTS = 5
+# A search service may take longer than a picture, retries included, and its answer may be larger.
+MAX_SEARCH_SECONDS = 120
+MAX_ANSWER_BYTES = 200_000_000
+# No others are read, because some of Pillow's decoders start other programs.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+MAX_PIXELS = 50_000_000
+# So many candidates are tried for each picture wanted, so that a search without end ends.
+MAX_CANDIDATES = 20
+BATCH = 16  # candidates that a worker is given at a time
+# A line of metadata.jsonl keeps this of what a source says about a picture.
+KEPT = ("text", "url", "license", "license_url", "creator", "attribution")
+# Each list holds one key of metadata.jsonl. The last one says which pictures are there.
+LISTS = {"caption.txt": "text", "urls.txt": "url", "images.txt": "file_name"}
 CAPTION_COLUMNS = ("text", "caption", "txt", "TEXT", "prompt", "json")
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "url", "URL")
 PLURALS = {"person": "people", "man": "men", "woman": "women", "child": "children", "sheep": "sheep", "fish": "fish"}
-LISTS = {"caption.txt": "text", "urls.txt": "url", "images.txt": "file_name"}  # and the key in metadata.jsonl
+# If it is set, the traceback behind a one-line message is shown.
+TRACEBACK = os.environ.get("CUSTOM_DIFFUSION_TRACEBACK")
+# A decoded picture can take several hundred megabytes, so two are decoded at a time.
+DECODERS = threading.BoundedSemaphore(2)
 CONNECTIONS = {"http": urllib3.connection.HTTPConnection, "https": urllib3.connection.HTTPSConnection}
-TRACEBACK = os.environ.get("CUSTOM_DIFFUSION_TRACEBACK")  # if set, what is behind a one-line message is shown
-DECODERS = threading.BoundedSemaphore(2)  # a decoded picture can take several hundred megabytes
-TLS = ssl.create_default_context(cafile=certifi.where())  # slim containers have no certificates of their own
+# Slim containers have no certificates of their own, and companies add theirs to the system's.
+TLS = ssl.create_default_context(cafile=certifi.where())
 TLS.load_default_certs()
+TLS.set_alpn_protocols(["http/1.1"])
 
 
 class RetrieveError(Exception):
@@ -73,329 +89,15 @@ class Failure(Exception):
         self.retry_after = retry_after
 
 
-def parse_args(input_args=None):
-    """Parses the command line, or the list of strings `input_args`. The defaults are those of `retrieve`."""
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.splitlines()[0], allow_abbrev=False)
-    add = parser.add_argument_group("class").add_argument
-    add("--class_prompt", required=True, help='the class: "cat"; also the caption of pictures that have none')
-    add("--class_data_dir", required=True, help="folder for the pictures and their captions")
-    add("--num_class_images", type=int, default=200, help="number of pictures")
-    add = parser.add_argument_group("source").add_argument
-    add("--source", choices=("auto", *SOURCES), help="auto: dataset if --dataset is given, else the first that answers")
-    add("--backend_url", help="knn-service of a clip-retrieval backend")
-    add("--indice_name", help="index of the clip-retrieval backend")
-    add("--openverse_url", help="image search of the Openverse API; a token in OPENVERSE_TOKEN allows larger pages")
-    add("--dataset", help="captioned folder (metadata.jsonl, .csv, .txt, .tar), .parquet or .tar file, hub dataset")
-    add("--split", help="split of the dataset")
-    add("--image_column", help="column of the pictures or of their URLs; by default found by type and name")
-    add("--caption_column", help="column of the captions; by default found by name")
-    add = parser.add_argument_group("downloads").add_argument
-    add("--num_workers", type=int, help="number of simultaneous downloads")
-    add("--connect_timeout", type=float, help="seconds allowed to connect")
-    add("--timeout", type=float, help="seconds allowed for a picture, redirects and retries included")
-    add("--retries", type=int, help="number of retries after a temporary fault, such as status 503")
-    add("--max_bytes", type=int, help="skip larger files")
-    add("--min_size", type=int, help="skip pictures with a shorter side, in pixels")
-    add("--allow_private_hosts", action="store_true", help="also download from loopback, private, link-local hosts")
-    parser.set_defaults(**retrieve.__kwdefaults__)
-    for action in parser._actions:  # argparse's formatter with defaults would say "(default: None)", too
-        action.help += "" if action.default in (None, argparse.SUPPRESS) else " (default: %(default)s)"
-    args = parser.parse_args(input_args)
-    try:
-        check_arguments(args)
-    except ValueError as error:
-        parser.error(str(error))
-    return args
-
-
-def check_arguments(args):
-    """Raises ValueError for arguments that are out of range or contradict each other."""
-    low = dict(num_class_images=1, num_workers=1, connect_timeout=0.1, timeout=0.1, retries=0, max_bytes=1, min_size=1)
-    for name, least in low.items():
-        if not least <= getattr(args, name) < math.inf:
-            raise ValueError(f"--{name} {getattr(args, name)} is out of range: give {least} or more")
-    if not args.class_prompt.strip():
-        raise ValueError("--class_prompt is empty: give the class, for example cat")
-    if args.source != "auto" and (args.source == "dataset") != bool(args.dataset):
-        raise ValueError(f"--source {args.source} and --dataset {args.dataset} contradict each other: change one")
-
-
-def retrieve(
-    class_prompt, class_data_dir, num_class_images=200, *,
-    source="auto", backend_url="https://knn.laion.ai/knn-service", indice_name="laion_400m",
-    openverse_url="https://api.openverse.org/v1/images/",
-    dataset=None, split="train", image_column=None, caption_column=None,
-    num_workers=16, connect_timeout=5.0, timeout=30.0, retries=2, max_bytes=20_000_000, min_size=64,
-    allow_private_hosts=False,
-):  # fmt: skip
-    """Fills class_data_dir up to num_class_images pictures; returns how many it then has.
-
-    The keyword arguments are the flags. Raises ValueError and `RetrieveError`. Called again, it goes on where it was.
-    """
-    args = argparse.Namespace(**locals())
-    check_arguments(args)
-    args.dataset = dataset and os.path.expanduser(dataset)  # bash leaves the ~ of --flag=~/folder alone
-    folder = Path(os.path.expanduser(class_data_dir)).resolve()
-    unfinished = folder / ".unfinished"  # here is what a run, or one that was killed, has not yet put in its place
-    new, failures = [], Counter()
-    try:
-        pictures = read_pictures(folder, unfinished)
-        if len(pictures) < num_class_images:
-            new, failures = collect(pictures, unfinished, args)
-        if unfinished.exists() and (pictures or new):
-            publish(folder, unfinished, pictures, new)
-        shutil.rmtree(unfinished, ignore_errors=True)
-    except OSError as error:
-        raise RetrieveError(f"{one_line(str(error))}; fix this and run the same command again") from error
-    if failures:
-        print(f"Skipped {failures.total()} candidates:", ", ".join(f"{n} {kind}" for kind, n in failures.most_common()))
-    print(f"{class_data_dir} has {len(pictures) + len(new)} pictures, {len(new)} of them new")
-    return len(pictures) + len(new)
-
-
-def collect(pictures, unfinished, args):
-    """Obtains the missing pictures; returns (file, record) pairs and a Counter of why candidates gave none."""
-    missing, digests, new, failures = args.num_class_images - len(pictures), set(), [], Counter()
-    for file, record in pictures:
-        with contextlib.suppress(Failure):
-            digests.add(record.get("pixel_sha256") or convert(file.read_bytes(), args)[1])
-    candidates = find_candidates({record["url"] for _, record in pictures}, args)
-    candidates = itertools.chain(list(itertools.islice(candidates, 1)), candidates)  # an error comes before the bar
-    pool = ThreadPoolExecutor(args.num_workers)
-    bar = tqdm(total=args.num_class_images, initial=len(pictures), unit="picture", leave=False)
-    try:
-        # no more downloads than pictures are missing, so none is wasted; the results keep the source's order
-        while batch := list(itertools.islice(candidates, min(missing - len(new), 16 * args.num_workers))):
-            futures = [pool.submit(obtain, record, picture, unfinished, args) for record, picture in batch]
-            for (record, _), future in zip(batch, futures, strict=True):
-                try:
-                    file, digest = future.result()
-                    if digest in digests:
-                        raise Failure("duplicate")
-                    digests.add(digest)
-                    new.append((file, record | {"pixel_sha256": digest}))
-                    bar.update()
-                except Failure as failure:
-                    failures[str(failure)] += 1
-                    if TRACEBACK:
-                        traceback.print_exception(failure)
-        return new, failures
-    finally:
-        bar.close()
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-def obtain(record, picture, unfinished, args):
-    """Fetches and converts a candidate's picture; returns its file in `unfinished` and a digest of its pixels.
-
-    The file is named by a hash of its origin and by the digest, so a run that is started again needs no other record.
-    """
-    if isinstance(picture, str):  # a dataset names a local file, one in an archive, or one on the hub
-        import fsspec
-
-        try:
-            if "://" in picture.rpartition("::")[2].removeprefix("hf://"):
-                raise ValueError("neither a local file nor one on the hub")
-            with fsspec.open(picture, "rb") as file:
-                picture = file.read(args.max_bytes + 1)
-        except Exception as error:  # each of fsspec's file systems has exceptions of its own
-            raise Failure("no such file") from error
-    origin = record["url"].encode() if picture is None else picture
-    name = hashlib.sha256(b"%d %b" % (args.min_size, origin)).hexdigest()
-    for file in unfinished.glob(f"{name}.*.jpg"):
-        return file, file.name.split(".")[1]
-    jpeg, digest = convert(fetch(record["url"], args, True) if picture is None else picture, args)
-    unfinished.mkdir(parents=True, exist_ok=True)
-    return write(unfinished / f"{name}.{digest}.jpg", jpeg, unfinished), digest
-
-
-def write(file, content, unfinished):
-    """Writes a file in `unfinished` and moves it to its place, where it is never seen half-written."""
-    temporary = unfinished / f"{threading.get_ident()}.part"
-    temporary.write_bytes(content)
-    return temporary.replace(file)
-
-
-def find_candidates(known, args):
-    """Candidates of the first source that has any and that are not `known`, as (record, picture) pairs.
-
-    The record is a line of metadata.jsonl. The picture is a file's content or path, or None: then the url is fetched.
-    """
-    sources = ["clip-retrieval", "openverse"] if args.source == "auto" else [args.source]
-    sources = ["dataset"] if args.dataset else sources
-    limit = None if args.dataset else MAX_CANDIDATES * args.num_class_images
-    for source in sources:
-        found = False
-        try:
-            for key, entry, picture in itertools.islice(SOURCES[source](args), limit):
-                found = True
-                if key not in known:
-                    known.add(key)
-                    texts = {name: text for name in KEPT if (text := one_line(entry.get(name)))}
-                    yield {"text": one_line(args.class_prompt), "url": key} | texts, picture
-            return
-        except RetrieveError as error:
-            if found:  # it broke off later: keep what came before
-                return tqdm.write(str(error))
-            if source == sources[-1]:
-                raise RetrieveError(f"{error}{'' if args.dataset else '; give another --source'}") from error
-            print(f"{error}; asking Openverse instead")
-
-
-def search_clip_retrieval(args):
-    """Results of a clip-retrieval backend as (key, entry, picture)."""
-    count, received = math.ceil(1.5 * args.num_class_images), 0
-    while True:
-        query = json.dumps({
-            "text": args.class_prompt, "image": None, "image_url": None, "embedding_input": None,
-            "deduplicate": True, "use_safety_model": True, "use_violence_detector": True,
-            "indice_name": args.indice_name, "use_mclip": False, "aesthetic_score": 9, "aesthetic_weight": 0.1,
-            "modality": "image", "num_images": count, "num_result_ids": count,
-        })  # fmt: skip
-        entries, _ = ask(args.backend_url, "--backend_url", args, query.encode(), {"Content-Type": "application/json"})
-        for entry in entries[received:]:
-            entry, url, picture = entry | {"text": entry.get("caption")}, one_line(entry.get("url")), None
-            if not url:  # an index of local files answers the pictures themselves
-                entry["url"], url, picture = entry.get("image_path"), f"{args.backend_url}#{entry.get('id')}", b""
-                with contextlib.suppress(ValueError):
-                    picture = base64.b64decode(entry["image"])
-            yield url, entry, picture
-        if len(entries) <= received:
-            return
-        count, received = 2 * count, len(entries)  # no pages: a longer answer begins with the same results
-
-
-def search_openverse(args):
-    """Results of an Openverse search as (key, entry, picture), then of similar ones: each gives 240 works at most."""
-    token = os.environ.get("OPENVERSE_TOKEN")
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    for words in dict.fromkeys([args.class_prompt, plural(one_line(args.class_prompt)), f"{args.class_prompt} photo"]):
-        for page in itertools.count(1):
-            query = urllib.parse.urlencode({"q": words, "page": page, "page_size": 100 if token else 20})
-            entries, pages = ask(f"{args.openverse_url}?{query}", "--openverse_url", args, headers=headers)
-            for entry in entries:
-                if not entry.get("mature"):
-                    license = f"{one_line(entry.get('license'))} {one_line(entry.get('license_version'))}"
-                    yield one_line(entry.get("url")), entry | {"text": entry.get("title"), "license": license}, None
-            time.sleep(0 if token else 1)  # the rate that is allowed without a token
-            if page >= pages:
-                break
-
-
-def plural(words):
-    """Plural of an English noun, also of a phrase that ends with one, without its article."""
-    rest, word = re.fullmatch(r"(?:(?:an?|the) )?(.*?)(\S*)", words, re.I).groups()
-    if word.lower() in PLURALS:
-        return rest + PLURALS[word.lower()]
-    word = re.sub(r"(?<=[^aeiou])y$", "ie", word)
-    return f"{rest}{word}{'es' if re.search('(s|x|z|ch|sh)$', word) else 's'}"
-
-
-def ask(url, flag, args, body=None, headers=None):
-    """Results with a picture that a search service answers, and how many pages it has; `flag` names it in errors."""
-    try:
-        content = fetch(url, args, False, body, headers)
-        answer = json.loads(content)
-        entries, pages = (answer["results"], int(answer["page_count"])) if isinstance(answer, dict) else (answer, 1)
-        entries = [e for e in entries if isinstance(e, dict) and (one_line(e.get("url")) or one_line(e.get("image")))]
-        if not entries:
-            raise Failure("found no pictures")
-        return entries, pages
-    except Failure as failure:
-        raise RetrieveError(f"{flag} {url}: {failure}") from failure
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        start = one_line(content[:200].decode("utf-8", "replace"))[:60]
-        raise RetrieveError(f"{flag} {url}: answered no list of results ({start!r})") from error
-
-
 def one_line(text):
     """Text with spaces for line breaks, control characters and lone surrogates; empty if it is not a string."""
-    text = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", " ", text) if isinstance(text, str) else ""
+    if not isinstance(text, str):
+        return ""
+    text = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", " ", text)
     return " ".join(text.split())
 
 
-def read_dataset(args):
-    """Rows of a dataset whose caption mentions the class as (key, entry, picture)."""
-    words = one_line(args.class_prompt).casefold()
-    forms = "|".join(map(re.escape, (words, f"{words}s", f"{words}es", plural(words)))).replace(r"\ ", r"\s+")
-    mention = re.compile(rf"(?<!\w)(?:{forms})(?!\w)")
-    try:
-        rows, typed = open_dataset(args)
-        images = [args.image_column] if args.image_column else [*typed, *IMAGE_COLUMNS]
-        captions = [args.caption_column] if args.caption_column else CAPTION_COLUMNS
-        for number, row in enumerate(rows):
-            if number == 0 and not (row.keys() & set(images) and row.keys() & set(captions)):
-                raise ValueError(f"its columns are {', '.join(row)}; choose with --image_column and --caption_column")
-            picture, text = (next(filter(None, map(row.get, names)), None) for names in (images, captions))
-            picture = picture.get("bytes") or picture.get("path") if isinstance(picture, dict) else picture
-            text = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
-            text = one_line(text.get("caption") if isinstance(text, dict) else text)
-            if not mention.search(text.casefold()) or not isinstance(picture, (bytes, str)):
-                continue
-            entry, key = row | {"text": text}, f"{args.dataset}#{number}"
-            if isinstance(picture, str) and picture.startswith(("http://", "https://")):
-                entry["url"], picture = picture, None
-            yield key, entry, picture
-    except ImportError as error:  # datasets may be there, but not what it needs
-        raise RetrieveError(f"--dataset: {one_line(str(error))}; pip install -r requirements.txt") from error
-    except Exception as error:  # the readers of so many formats raise anything
-        raise RetrieveError(f"--dataset {args.dataset}: {one_line(str(error) or repr(error))}") from error
-
-
-def open_dataset(args):
-    """Rows of the dataset as dicts, their pictures undecoded, and its columns of pictures; hidden files are no part."""
-    path, name, options = Path(args.dataset), args.dataset, {}
-    files = [path] if path.is_file() else sorted(map(Path, glob.glob(f"{glob.escape(name)}/**", recursive=True)))
-    shards = [file for file in files if file.suffix == ".tar"]  # img2dataset leaves tables beside them
-    pictures = [file for file in files if file.suffix.lower() in Image.registered_extensions()]
-    pairs = [(file, text) for file in pictures if (text := file.with_suffix(".txt")).is_file()]
-    if path.is_dir() and any(file.name.startswith("metadata.") for file in files):
-        name, options = "imagefolder", {"data_dir": name}
-    elif shards:
-        return read_shards(shards, args), []
-    elif pairs:
-        return ({"image": str(file), "text": text.read_text("utf-8", "replace")} for file, text in pairs), []
-    elif path.is_file() and path.suffix == ".parquet":
-        name, options = "parquet", {"data_files": {args.split: name}}
-    elif path.is_file():
-        raise ValueError("give a .parquet or a webdataset .tar file, or a folder")
-    import datasets
-
-    datasets.disable_progress_bars()
-    rows = datasets.load_dataset(name, **options, split=args.split, streaming=True)
-    typed = [name for name, kind in (rows.features or {}).items() if isinstance(kind, datasets.Image)]
-    for name in typed:
-        rows = rows.cast_column(name, datasets.Image(decode=False))
-    return rows, typed
-
-
-def read_shards(shards, args):
-    """Rows of webdataset shards: the files of a .tar whose names agree up to their first dot, by their endings."""
-    parts = re.compile(r"((?:.*/)?[^./]+)\..*?(\w+)").fullmatch
-    for shard in shards:
-        with tarfile.open(shard) as tar:
-            members = (member for member in tar if member.isfile() and parts(member.name))
-            for _, row in itertools.groupby(members, lambda member: parts(member.name)[1]):
-                row = {parts(m.name)[2].lower(): tar.extractfile(m).read(args.max_bytes + 1) for m in row}
-                with contextlib.suppress(ValueError, KeyError):
-                    row["json"] = json.loads(row["json"])
-                yield row
-
-
-SOURCES = {"clip-retrieval": search_clip_retrieval, "openverse": search_openverse, "dataset": read_dataset}
-
-
-def connect(host, port, args, deadline, picture):
-    """Socket to a host, to a picture's only at an address of the public internet; a search's is the user's choice."""
-    error = Failure("private address")
-    for *_, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-        if not picture or args.allow_private_hosts or is_public(address[0]):  # not the name, which may move
-            try:
-                limit = min(args.connect_timeout, max(deadline - time.monotonic(), 0.001))
-                return socket.create_connection(address[:2], limit)
-            except OSError as fault:
-                error = fault
-    raise error
+# ---------- The web ---------------------------------------------------------------------------------------------
 
 
 def is_public(address):
@@ -403,77 +105,167 @@ def is_public(address):
     ip = ipaddress.ip_address(address.partition("%")[0])
     if ip in ipaddress.ip_network("64:ff9b::/96"):  # NAT64
         ip = ipaddress.ip_address(int(ip) & 0xFFFFFFFF)
-    elif ip.version == 6 and (ip not in ipaddress.ip_network("2000::/3") or ip.sixtofour or ip.teredo):
-        return False
+    elif ip.version == 6:
+        is_unicast = ip in ipaddress.ip_network("2000::/3")
+        if not is_unicast or ip.sixtofour or ip.teredo:
+            return False
     return ip.is_global and not ip.is_multicast
 
 
-def fetch(url, args, picture, body=None, headers=None):
-    """Content behind the URL of a picture, or of a search. Retries temporary faults. Raises `Failure`."""
-    end = time.monotonic() + (args.timeout if picture else MAX_SEARCH_SECONDS)
-    for attempt in itertools.count():
+def connect(host, port, args, deadline, picture):
+    """Opens a socket to a host, for a picture only at an address of the public internet. Raises OSError, `Failure`.
+
+    Which search service is asked is the user's choice, so its address may be any.
+    """
+    error = Failure("private address")
+    for *_, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        # The address is checked and connected to, not the name, which may have another one a moment later.
+        if picture and not args.allow_private_hosts and not is_public(address[0]):
+            continue
         try:
-            return exchange(url, args, picture, min(end, time.monotonic() + args.timeout), body, headers or {})
-        except Failure as failure:
-            pause = max(failure.retry_after or 0, 0.5 * 2**attempt)
-            if failure.retry_after is None or attempt == args.retries or time.monotonic() + pause > end:
-                raise
-        time.sleep(pause)
-
-
-def exchange(url, args, picture, deadline, body, headers, redirects=MAX_REDIRECTS):
-    """Sends a request, a POST if it has a body, and follows the redirects of pictures; returns the content."""
-    try:
-        parts = urllib3.util.parse_url(url)
-        if parts.scheme not in CONNECTIONS or not parts.host:
-            raise ValueError
-        connection = CONNECTIONS[parts.scheme](parts.host.strip("[]"), parts.port, timeout=args.timeout)
-        with connect(connection.host, connection.port, args, deadline, picture) as sock, sock.dup() as line:
-            connection._new_conn, connection.ssl_context = lambda: sock, TLS  # with TLS, the host's name is checked
-            hang_up = threading.Timer(deadline - time.monotonic(), line.shutdown, [socket.SHUT_RDWR])
-            hang_up.start()  # urllib3's timeouts are per read: a server that drips bytes would never reach them
-            try:
-                method = "POST" if body else "GET"
-                connection.request(method, parts.request_uri, body, HEADERS | headers, preload_content=False)
-                with connection.getresponse() as response:
-                    location = picture and response.get_redirect_location()
-                    content = None if location else read_content(response, args, picture)
-            finally:
-                hang_up.cancel()
-                connection.close()
-        if time.monotonic() >= deadline:  # a body that was cut short may look complete
-            raise TimeoutError
-        if not location:
-            return content
-        if not redirects:
-            raise Failure("too many redirects")
-        return exchange(urllib.parse.urljoin(url, location), args, picture, deadline, body, headers, redirects - 1)
-    except (OSError, ValueError, urllib3.connection.HTTPException, urllib3.exceptions.HTTPError) as error:
-        if isinstance(error, TimeoutError) or time.monotonic() >= deadline:
-            raise Failure("timed out") from error
-        if isinstance(error, socket.gaierror) and error.errno != socket.EAI_AGAIN:
-            raise Failure("no such host") from error
-        if isinstance(error, ValueError):  # a wrong certificate is one, too
-            raise Failure("bad certificate" if isinstance(error, ssl.SSLError) else "not an http(s) URL") from error
-        raise Failure("connection failed", retry_after=0) from error
+            left = max(deadline - time.monotonic(), 0.001)
+            return socket.create_connection(address[:2], min(args.connect_timeout, left))
+        except OSError as fault:
+            error = fault
+    raise error
 
 
 def read_content(response, args, picture):
     """Decoded body of a response. Fails if it is too large, is not a picture, or must not be used for training."""
     if response.status != 200:
+        may_pass = response.status in PASSING_STATUSES
         retry_after = urllib3.Retry().get_retry_after(response) or 0
-        raise Failure(f"HTTP {response.status}", retry_after if response.status in PASSING_STATUSES else None)
-    if picture and any(re.search(r"\bno(image)?ai\b", tag, re.I) for tag in response.headers.getlist("X-Robots-Tag")):
-        raise Failure("noai")
-    kind = response.headers.get("Content-Type", "image/").strip().lower()
-    if picture and not kind.startswith(("image/", "application/octet-stream", "binary/octet-stream")):
-        raise Failure("not a picture")
-    content, max_bytes = bytearray(), args.max_bytes if picture else MAX_ANSWER_BYTES
-    for chunk in itertools.chain([b""], response.stream(65536)):
+        raise Failure(f"HTTP {response.status}", retry_after if may_pass else None)
+    if picture:
+        for tag in response.headers.getlist("X-Robots-Tag"):
+            if re.search(r"\bno(image)?ai\b", tag, re.IGNORECASE):
+                raise Failure("noai")
+        kind = response.headers.get("Content-Type", "image/").strip().lower()
+        if not kind.startswith(("image/", "application/octet-stream", "binary/octet-stream")):
+            raise Failure("not a picture")
+
+    max_bytes = args.max_bytes if picture else MAX_ANSWER_BYTES
+    # The announced length spares the download of a body that is too large; an endless one announces none.
+    if (response.length_remaining or 0) > max_bytes:
+        raise Failure("too large")
+    content = bytearray()
+    for chunk in response.stream(65536):
         content += chunk
-        if max(len(content), response.length_remaining or 0) > max_bytes:
+        if len(content) > max_bytes:
             raise Failure("too large")
     return bytes(content)
+
+
+def request(url, args, picture, deadline, body, headers):
+    """Sends one request, a POST if it has a body. Returns the content and the url, or None and where a redirect leads.
+
+    Only a picture's redirects are followed: a search service that has moved is an error.
+    """
+    parts = urllib3.util.parse_url(url)
+    if parts.scheme not in CONNECTIONS or not parts.host:
+        raise ValueError(f"not an http(s) URL: {url}")
+    connection = CONNECTIONS[parts.scheme](parts.host.strip("[]"), parts.port, timeout=args.timeout)
+    host = connection.host
+    with connect(host, connection.port, args, deadline, picture) as sock, sock.dup() as line:
+        # urllib3's timeouts are per read, and a server that drips bytes never reaches them.
+        hang_up = threading.Timer(deadline - time.monotonic(), line.shutdown, [socket.SHUT_RDWR])
+        hang_up.start()
+        try:
+            # A connection that has a socket opens none, so the address that was checked is the one that is asked.
+            if parts.scheme == "https":
+                connection.sock = TLS.wrap_socket(sock, server_hostname=host)
+            else:
+                connection.sock = sock
+            method = "POST" if body else "GET"
+            connection.request(method, parts.request_uri, body, HEADERS | headers, preload_content=False)
+            with connection.getresponse() as response:
+                location = picture and response.get_redirect_location()
+                content = None if location else read_content(response, args, picture)
+        finally:
+            hang_up.cancel()
+            connection.close()
+    # A body that was cut short by hanging up may look complete.
+    if time.monotonic() >= deadline:
+        raise TimeoutError
+    if location:
+        url = urllib.parse.urljoin(url, location)
+    return content, url
+
+
+def explain(error, deadline):
+    """The `Failure` that stands for an error of `request`."""
+    if isinstance(error, TimeoutError) or time.monotonic() >= deadline:
+        return Failure("timed out")
+    if isinstance(error, socket.gaierror) and error.errno != socket.EAI_AGAIN:
+        return Failure("no such host")
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return Failure("bad certificate")
+    if isinstance(error, ValueError):
+        return Failure("not an http(s) URL")
+    return Failure("connection failed", retry_after=0)
+
+
+def exchange(url, args, picture, deadline, body, headers):
+    """Sends a request and follows redirects; returns the content. Raises `Failure`."""
+    try:
+        for _ in range(MAX_REDIRECTS + 1):
+            content, url = request(url, args, picture, deadline, body, headers)
+            if content is not None:
+                return content
+    except (OSError, ValueError, urllib3.connection.HTTPException, urllib3.exceptions.HTTPError) as error:
+        raise explain(error, deadline) from error
+    raise Failure("too many redirects")
+
+
+def fetch(url, args, picture, body=None, headers=None):
+    """Content behind the URL of a picture, or of a search. Retries temporary faults. Raises `Failure`."""
+    end = time.monotonic() + (args.timeout if picture else MAX_SEARCH_SECONDS)
+    attempt = 0
+    while True:
+        deadline = min(end, time.monotonic() + args.timeout)
+        try:
+            return exchange(url, args, picture, deadline, body, headers or {})
+        except Failure as failure:
+            if failure.retry_after is None or attempt == args.retries:
+                raise
+            pause = max(failure.retry_after, 0.5 * 2**attempt)
+            if time.monotonic() + pause > end:
+                raise
+        time.sleep(pause)
+        attempt += 1
+
+
+# ---------- Pictures --------------------------------------------------------------------------------------------
+
+
+def to_rgb(image):
+    """Upright sRGB picture: its colour profile applied, transparency on white, 16 bits or floats of 0 to 1 scaled to 8.
+
+    The trainer's `load_picture` treats colours in the same way.
+    """
+    image = ImageOps.exif_transpose(image)
+    profile = image.info.get("icc_profile")
+    if image.mode[0] == "I":
+        image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+    if image.mode == "F":
+        image = image.point(lambda value: value * 255).convert("L")
+    if image.has_transparency_data or image.mode == "P":
+        image = image.convert("RGBA")
+    if profile:  # phones have wider colours than sRGB
+        srgb = ImageCms.createProfile("sRGB")
+        mode = "RGBA" if image.mode == "RGBA" else "RGB"
+        with contextlib.suppress(ImageCms.PyCMSError, OSError):  # a broken profile is as good as none
+            image = ImageCms.profileToProfile(image, io.BytesIO(profile), srgb, outputMode=mode)
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def is_plain(image, content):
+    """Whether an opened picture is a complete RGB JPEG without metadata: nothing but the short segment of JFIF."""
+    if image.format != "JPEG" or image.mode != "RGB" or not content.endswith(b"\xff\xd9"):
+        return False
+    return all(name == "APP0" and len(data) < 20 for name, data in image.applist)
 
 
 def convert(content, args):
@@ -486,75 +278,529 @@ def convert(content, args):
                 raise Failure("too many pixels")
             if min(image.size) < args.min_size:
                 raise Failure("too small")
-            plain = image.format == "JPEG" and image.mode == "RGB" and content.endswith(b"\xff\xd9")
-            plain = plain and all(name == "APP0" and len(data) < 20 for name, data in image.applist)
             picture = to_rgb(image)
-            digest = hashlib.sha256(b"%d %d " % picture.size + picture.tobytes()).hexdigest()
-            if not plain:  # to encode the others again would only lose quality
-                buffer = io.BytesIO()
-                picture.info.clear()  # otherwise the comment and the colour profile would be written again
-                picture.save(buffer, "JPEG", quality=95, subsampling=0)
-                content = buffer.getvalue()
-            return content, digest
+            size = b"%d %d " % picture.size
+            digest = hashlib.sha256(size + picture.tobytes()).hexdigest()
+            # To encode a plain one again would only lose quality.
+            if is_plain(image, content):
+                return content, digest
+            # Pillow would write the comment and the colour profile of the original.
+            picture.info.clear()
+            buffer = io.BytesIO()
+            picture.save(buffer, "JPEG", quality=95, subsampling=0)
+            return buffer.getvalue(), digest
     except Failure:
         raise
     except Exception as error:  # Pillow's decoders raise many kinds
         raise Failure("not a readable picture") from error
 
 
-def to_rgb(image):
-    """Upright sRGB picture, 8 bits (16 are scaled): its colour profile applied, transparency on white."""
-    image, profile = ImageOps.exif_transpose(image), image.info.get("icc_profile", b"")
-    if image.mode[0] == "I":
-        image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
-    if image.has_transparency_data or image.mode == "P":
-        image = image.convert("RGBA")
-    srgb, mode = ImageCms.createProfile("sRGB"), "RGBA" if image.mode == "RGBA" else "RGB"
-    with contextlib.suppress(ImageCms.PyCMSError, OSError):  # a broken profile is as good as none
-        image = ImageCms.profileToProfile(image, io.BytesIO(profile), srgb, outputMode=mode)
-    if image.mode == "RGBA":
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+# ---------- Sources ---------------------------------------------------------------------------------------------
+# Each yields (key, entry, picture). The key says where the picture is from, and is the same in the next run. The entry
+# holds what the source says about it. The picture is the content or the path of a file, or None: then the entry's url
+# is fetched.
+
+
+def plural(phrase):
+    """Plural of an English noun, also of a phrase that ends with one, without its article."""
+    rest, noun = re.fullmatch(r"(?:(?:an?|the) )?(.*?)(\S*)", phrase, re.IGNORECASE).groups()
+    if noun.lower() in PLURALS:
+        return rest + PLURALS[noun.lower()]
+    noun = re.sub(r"(?<=[^aeiou])y$", "ie", noun)
+    ending = "es" if re.search("(s|x|z|ch|sh)$", noun) else "s"
+    return f"{rest}{noun}{ending}"
+
+
+def ask(url, flag, args, body=None, headers=None):
+    """Results with a picture that a search service answers, and how many pages it has; `flag` names it in errors."""
+    try:
+        content = fetch(url, args, picture=False, body=body, headers=headers)
+        answer = json.loads(content)
+        results = answer
+        pages = 1
+        if isinstance(answer, dict):
+            results = answer["results"]
+            pages = int(answer["page_count"])
+        entries = [entry for entry in results if isinstance(entry, dict)]
+        entries = [entry for entry in entries if one_line(entry.get("url")) or one_line(entry.get("image"))]
+        return entries, pages
+    except Failure as failure:
+        raise RetrieveError(f"{flag} {url}: {failure}") from failure
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        start = one_line(content[:200].decode("utf-8", "replace"))[:60]
+        raise RetrieveError(f"{flag} {url}: answered no list of results ({start!r})") from error
+
+
+def search_clip_retrieval(args):
+    """Results of a clip-retrieval backend, nearest first."""
+    count = math.ceil(1.5 * args.num_class_images)  # many URLs are dead
+    received = 0
+    while True:
+        query = {
+            "text": args.class_prompt, "image": None, "image_url": None, "embedding_input": None,
+            "deduplicate": True, "use_safety_model": True, "use_violence_detector": True,
+            "indice_name": args.indice_name, "use_mclip": False,
+            "aesthetic_score": 9, "aesthetic_weight": 0.1,
+            "modality": "image", "num_images": count, "num_result_ids": count,
+        }  # fmt: skip
+        headers = {"Content-Type": "application/json"}
+        entries, _ = ask(args.backend_url, "--backend_url", args, json.dumps(query).encode(), headers)
+        if not entries:
+            raise RetrieveError(f"--backend_url {args.backend_url}: found no pictures")
+        for entry in entries[received:]:
+            entry["text"] = entry.get("caption")
+            key = one_line(entry.get("url"))
+            picture = None
+            if not key:  # an index of local files answers the pictures themselves
+                key = f"{args.backend_url}#{entry.get('id')}"
+                entry["url"] = entry.get("image_path")
+                picture = b""
+                with contextlib.suppress(ValueError):
+                    picture = base64.b64decode(entry["image"])
+            yield key, entry, picture
+        if len(entries) <= received:
+            return
+        # The service has no pages, but a longer answer begins with the same results.
+        received = len(entries)
+        count *= 2
+
+
+def search_openverse(args):
+    """Results of an Openverse search, then of similar ones, because each gives 240 works at most."""
+    headers = {}
+    page_size = 20
+    pause = 1  # the rate in seconds that is allowed without a token
+    if token := os.environ.get("OPENVERSE_TOKEN"):
+        headers = {"Authorization": f"Bearer {token}"}
+        page_size = 100
+        pause = 0
+    phrases = [args.class_prompt, plural(one_line(args.class_prompt)), f"{args.class_prompt} photo"]
+    found = False
+    for phrase in dict.fromkeys(phrases):  # "sheep" is its own plural
+        for page in itertools.count(1):
+            query = urllib.parse.urlencode({"q": phrase, "page": page, "page_size": page_size})
+            try:
+                entries, pages = ask(f"{args.openverse_url}?{query}", "--openverse_url", args, headers=headers)
+            except RetrieveError as error:
+                if token and "HTTP 401" in str(error):  # a token expires after 12 hours
+                    raise RetrieveError(f"{error}; renew or unset OPENVERSE_TOKEN") from error
+                raise
+            for entry in entries:
+                found = True
+                if entry.get("mature"):
+                    continue
+                entry["text"] = entry.get("title")
+                entry["license"] = f"{one_line(entry.get('license'))} {one_line(entry.get('license_version'))}"
+                yield one_line(entry.get("url")), entry, None
+            time.sleep(pause)
+            if page >= pages:
+                break
+    if not found:
+        raise RetrieveError(f"--openverse_url {args.openverse_url}: found no pictures")
+
+
+def read_shards(shards, args):
+    """Rows of webdataset shards: the files of a .tar whose names agree up to their first dot, by their endings."""
+    name_parts = re.compile(r"(?P<stem>(?:.*/)?[^./]+)\..*?(?P<ending>\w+)")
+    for shard in shards:
+        with tarfile.open(shard) as tar:
+            stem = None
+            row = {}
+            for member in tar:
+                parts = name_parts.fullmatch(member.name)
+                if not member.isfile() or not parts:
+                    continue
+                if parts["stem"] != stem and row:
+                    yield with_json(row)
+                    row = {}
+                stem = parts["stem"]
+                row[parts["ending"].lower()] = tar.extractfile(member).read(args.max_bytes + 1)
+            if row:
+                yield with_json(row)
+
+
+def with_json(row):
+    """The row of a shard with its .json read, if it has one that can be read."""
+    with contextlib.suppress(ValueError, KeyError):
+        row["json"] = json.loads(row["json"])
+    return row
+
+
+def open_dataset(args):
+    """Rows of the dataset as dicts, their pictures undecoded, and its columns of pictures; hidden files are no part."""
+    path = Path(args.dataset)
+    files = [path]
+    if not path.is_file():
+        pattern = f"{glob.escape(args.dataset)}/**"
+        files = [Path(file) for file in sorted(glob.glob(pattern, recursive=True))]
+    shards = [file for file in files if file.suffix == ".tar"]
+    pictures = [file for file in files if file.suffix.lower() in Image.registered_extensions()]
+    captioned = [file for file in pictures if file.with_suffix(".txt").is_file()]
+
+    name = args.dataset
+    options = {}
+    if path.is_dir() and any(file.name.startswith("metadata.") for file in files):
+        name = "imagefolder"
+        options = {"data_dir": args.dataset}
+    elif shards:  # img2dataset leaves tables beside them, which hold no pictures
+        return read_shards(shards, args), []
+    elif captioned:
+        return map(read_captioned, captioned), []
+    elif path.is_file() and path.suffix == ".parquet":
+        name = "parquet"
+        options = {"data_files": {args.split: args.dataset}}
+    elif path.is_file():
+        raise ValueError("give a .parquet or a webdataset .tar file, or a folder")
+
+    import datasets  # takes seconds, and other sources do not need it
+
+    datasets.disable_progress_bars()
+    rows = datasets.load_dataset(name, **options, split=args.split, streaming=True)
+    features = rows.features or {}
+    image_columns = [column for column, kind in features.items() if isinstance(kind, datasets.Image)]
+    for column in image_columns:
+        rows = rows.cast_column(column, datasets.Image(decode=False))
+    return rows, image_columns
+
+
+def read_captioned(file):
+    """Row of a picture that has a .txt beside it."""
+    return {"image": str(file), "text": file.with_suffix(".txt").read_text("utf-8", "replace")}
+
+
+def first_value(row, columns):
+    """Value of the first of these columns that has one in the row, or None."""
+    return next((row[column] for column in columns if row.get(column)), None)
+
+
+def class_pattern(class_prompt):
+    """Pattern that finds the class in a case-folded caption: whole words, singular or plural."""
+    words = one_line(class_prompt).casefold()
+    forms = (words, f"{words}s", f"{words}es", plural(words))
+    pattern = "|".join(re.escape(form) for form in forms).replace(r"\ ", r"\s+")
+    return re.compile(rf"(?<!\w)(?:{pattern})(?!\w)")
+
+
+def read_dataset(args):
+    """Rows of a dataset whose caption mentions the class, in its order."""
+    mention = class_pattern(args.class_prompt)
+    try:
+        rows, typed_columns = open_dataset(args)
+        image_columns = [args.image_column] if args.image_column else [*typed_columns, *IMAGE_COLUMNS]
+        caption_columns = [args.caption_column] if args.caption_column else CAPTION_COLUMNS
+        for number, row in enumerate(rows):
+            usable = row.keys() & set(image_columns) and row.keys() & set(caption_columns)
+            if number == 0 and not usable:
+                columns = ", ".join(row)
+                raise ValueError(f"its columns are {columns}; choose with --image_column and --caption_column")
+
+            picture = first_value(row, image_columns)
+            if isinstance(picture, dict):  # so `datasets` gives pictures that it has not decoded
+                picture = picture.get("bytes") or picture.get("path")
+            caption = first_value(row, caption_columns)
+            if isinstance(caption, bytes):
+                caption = caption.decode("utf-8", "replace")
+            if isinstance(caption, dict):  # img2dataset has captions in a .json
+                caption = caption.get("caption")
+            caption = one_line(caption)
+            if not mention.search(caption.casefold()) or not isinstance(picture, (bytes, str)):
+                continue
+
+            entry = row | {"text": caption}
+            if isinstance(picture, str) and picture.startswith(("http://", "https://")):
+                entry["url"] = picture
+                picture = None
+            yield f"{args.dataset}#{number}", entry, picture
+    except ImportError as error:  # datasets may be there, but not what it needs
+        raise RetrieveError(f"--dataset: {one_line(str(error))}; pip install -r requirements.txt") from error
+    except Exception as error:  # the readers of so many formats raise anything
+        raise RetrieveError(f"--dataset {args.dataset}: {one_line(str(error) or repr(error))}") from error
+
+
+SOURCES = {"clip-retrieval": search_clip_retrieval, "openverse": search_openverse, "dataset": read_dataset}
+
+
+def find_candidates(known, args):
+    """Candidates of the first source that has any and that are not `known`, as (record, picture) pairs.
+
+    The record is a line of metadata.jsonl; its url is the key, or the address from which the picture is fetched.
+    """
+    limit = MAX_CANDIDATES * args.num_class_images
+    if args.dataset:
+        sources = ["dataset"]
+        limit = None
+    elif args.source == "auto":
+        sources = ["clip-retrieval", "openverse"]
+    else:
+        sources = [args.source]
+
+    for source in sources:
+        found = False
+        try:
+            for key, entry, picture in itertools.islice(SOURCES[source](args), limit):
+                found = True
+                if key in known:
+                    continue
+                known.add(key)
+                record = {"text": one_line(args.class_prompt), "url": key}
+                for name in KEPT:
+                    if text := one_line(entry.get(name)):
+                        record[name] = text
+                yield record, picture
+            return
+        except RetrieveError as error:
+            if found:  # the source broke off later, and what came before is kept
+                tqdm.write(str(error))
+                return
+            if source == sources[-1]:
+                advice = "" if args.dataset else "; give another --source"
+                raise RetrieveError(f"{error}{advice}") from error
+            print(f"{error}; asking Openverse instead")
+
+
+# ---------- The folder ------------------------------------------------------------------------------------------
 
 
 def read_pictures(folder, unfinished):
     """(file, record) pairs of the pictures that class_data_dir has; a record is a line of metadata.jsonl."""
     if not (folder / "images.txt").is_file():
         return []
-    records, pictures = {}, []
     try:
-        for file in [*folder.glob("images/metadata.jsonl"), *folder.glob("metadata.jsonl")]:  # where it was, and is
-            rows = map(json.loads, file.read_text("utf-8").splitlines())
-            records |= {file.parent / row["file_name"]: row for row in rows}
+        records = {}
+        # Earlier versions had the file beside the pictures.
+        for file in [*folder.glob("images/metadata.jsonl"), *folder.glob("metadata.jsonl")]:
+            for line in file.read_text("utf-8").splitlines():
+                record = json.loads(line)
+                records[file.parent / record["file_name"]] = record
+
         lists = [(folder / name).read_text("utf-8").removesuffix("\n").split("\n") for name in LISTS]
-        # a run that was killed before it renamed images.txt may have lengthened the other lists
+        pictures = []
+        # A run that was killed before it renamed images.txt may have lengthened the other lists.
         for text, url, name in zip(*lists, strict=not unfinished.exists()):
-            # the guide's script wrote paths relative to the working folder, and no metadata
-            file = folder / name if (folder / name).is_file() else Path(name).resolve()
+            file = folder / name
+            # The guide's script wrote paths that are relative to the working folder, and no metadata.
+            if not file.is_file():
+                file = Path(name).resolve()
             if not file.is_file():
                 raise ValueError(f"{name} is missing")
-            values = {"file_name": Path(os.path.relpath(file, folder)).as_posix(), "text": text, "url": url}
-            pictures.append((file, records.get(file, {}) | values))
+            file_name = Path(os.path.relpath(file, folder)).as_posix()
+            record = records.get(file, {}) | {"file_name": file_name, "text": text, "url": url}
+            pictures.append((file, record))
+        return pictures
     except (OSError, ValueError, TypeError, KeyError) as error:
         problem = f"its lists and pictures do not agree ({one_line(str(error) or repr(error))})"
         raise RetrieveError(f"--class_data_dir {folder}: {problem}; remove it or give another") from error
-    return pictures
+
+
+def write(file, content, unfinished):
+    """Writes a file in `unfinished` and moves it to its place, where it is never seen half-written."""
+    temporary = unfinished / f"{threading.get_ident()}.part"
+    temporary.write_bytes(content)
+    return temporary.replace(file)
 
 
 def publish(folder, unfinished, pictures, new):
     """Adds the new (file, record) pairs and writes the lists; images.txt, which says what is there, comes last."""
     (folder / "images").mkdir(exist_ok=True)
-    names = map("images/{}.jpg".format, itertools.count(len(pictures)))
     records = [record for _, record in pictures]
+    numbers = itertools.count(len(pictures))
     for file, record in new:
-        content = file.read_bytes()  # a run that was killed may have put it there already
-        name = next(n for n in names if not (folder / n).exists() or (folder / n).read_bytes() == content)
-        write(folder / name, content, unfinished)
-        records.append({"file_name": name} | record)
-    write(folder / "metadata.jsonl", "".join(f"{json.dumps(record)}\n" for record in records).encode(), unfinished)
+        content = file.read_bytes()
+        for number in numbers:
+            target = folder / "images" / f"{number}.jpg"
+            # A run that was killed may have put this very picture there; other files stay as they are.
+            if not target.exists() or target.read_bytes() == content:
+                break
+        write(target, content, unfinished)
+        records.append({"file_name": f"images/{target.name}"} | record)
+
+    lines = [json.dumps(record) for record in records]
+    write(folder / "metadata.jsonl", "".join(f"{line}\n" for line in lines).encode(), unfinished)
     for name, key in LISTS.items():
-        write(folder / name, "".join(f"{record[key]}\n" for record in records).encode(), unfinished)
-    (folder / "images" / "metadata.jsonl").unlink(missing_ok=True)  # of earlier versions
+        lines = [record[key] for record in records]
+        write(folder / name, "".join(f"{line}\n" for line in lines).encode(), unfinished)
+    (folder / "images" / "metadata.jsonl").unlink(missing_ok=True)  # an earlier version may have left it
+
+
+# ---------- The run ---------------------------------------------------------------------------------------------
+
+
+def read_file(name, args):
+    """Content of a file that a dataset names: a local one, one in an archive, or one on the hub."""
+    import fsspec  # only --dataset needs it
+
+    try:
+        address = name.rpartition("::")[2].removeprefix("hf://")
+        if "://" in address:
+            raise ValueError("neither a local file nor one on the hub")
+        with fsspec.open(name, "rb") as file:
+            return file.read(args.max_bytes + 1)
+    except Exception as error:  # each of fsspec's file systems has exceptions of its own
+        raise Failure("no such file") from error
+
+
+def obtain(record, picture, unfinished, args):
+    """Fetches and converts a candidate's picture; returns its file in `unfinished` and a digest of its pixels.
+
+    The file is named by a hash of its origin and by the digest, so a run that is started again needs no other record.
+    """
+    if isinstance(picture, str):
+        picture = read_file(picture, args)
+    origin = record["url"].encode() if picture is None else picture
+    name = hashlib.sha256(b"%d %b" % (args.min_size, origin)).hexdigest()
+    earlier = next(unfinished.glob(f"{name}.*.jpg"), None)
+    if earlier:
+        return earlier, earlier.name.split(".")[1]
+    if picture is None:
+        picture = fetch(record["url"], args, picture=True)
+    jpeg, digest = convert(picture, args)
+    unfinished.mkdir(parents=True, exist_ok=True)
+    return write(unfinished / f"{name}.{digest}.jpg", jpeg, unfinished), digest
+
+
+def collect(pictures, unfinished, args):
+    """Obtains the missing pictures; returns (file, record) pairs and a Counter of why candidates gave none."""
+    digests = set()
+    for file, record in pictures:
+        with contextlib.suppress(Failure):
+            digests.add(record.get("pixel_sha256") or convert(file.read_bytes(), args)[1])
+    candidates = find_candidates({record["url"] for _, record in pictures}, args)
+    # The source is asked for its first candidate here, so that its error comes before the bar.
+    first = list(itertools.islice(candidates, 1))
+    candidates = itertools.chain(first, candidates)
+
+    new = []
+    failures = Counter()
+    pool = ThreadPoolExecutor(args.num_workers)
+    bar = tqdm(total=args.num_class_images, initial=len(pictures), unit="picture", leave=False)
+    try:
+        while True:
+            # No more downloads are started than pictures are missing, so none is wasted.
+            missing = args.num_class_images - len(pictures) - len(new)
+            batch = list(itertools.islice(candidates, min(missing, BATCH * args.num_workers)))
+            if not batch:
+                return new, failures
+            futures = [pool.submit(obtain, record, picture, unfinished, args) for record, picture in batch]
+            # The results are taken in the source's order, whichever download ends first.
+            for (record, _), future in zip(batch, futures, strict=True):
+                try:
+                    file, digest = future.result()
+                    if digest in digests:
+                        raise Failure("duplicate")
+                except Failure as failure:
+                    failures[str(failure)] += 1
+                    if TRACEBACK:
+                        traceback.print_exception(failure)
+                    continue
+                digests.add(digest)
+                new.append((file, record | {"pixel_sha256": digest}))
+                bar.update()
+    finally:
+        bar.close()
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+LEAST = {  # of the arguments that are numbers
+    "num_class_images": 1, "num_workers": 1, "retries": 0, "max_bytes": 1, "min_size": 1,
+    "connect_timeout": 0.1, "timeout": 0.1,
+}  # fmt: skip
+
+
+def check_arguments(args):
+    """Raises ValueError for arguments that are out of range or contradict each other."""
+    for name, least in LEAST.items():
+        value = getattr(args, name)
+        if not least <= value < math.inf:
+            raise ValueError(f"--{name} {value} is out of range: give {least} or more")
+    if not args.class_prompt.strip():
+        raise ValueError("--class_prompt is empty: give the class, for example cat")
+    if args.source != "auto" and (args.source == "dataset") != bool(args.dataset):
+        raise ValueError(f"--source {args.source} and --dataset {args.dataset} contradict each other: change one")
+
+
+def retrieve(
+    class_prompt, class_data_dir, num_class_images=200, *,
+    source="auto", backend_url="https://knn.laion.ai/knn-service", indice_name="laion_400m",
+    openverse_url="https://api.openverse.org/v1/images/",
+    dataset=None, split="train", image_column=None, caption_column=None,
+    num_workers=16, connect_timeout=5.0, timeout=30.0, retries=2,
+    max_bytes=20_000_000, min_size=64, allow_private_hosts=False,
+):  # fmt: skip
+    """Fills class_data_dir up to num_class_images pictures; returns how many it then has.
+
+    The keyword arguments are the flags. Raises ValueError and `RetrieveError`. Called again, it goes on where it was.
+    """
+    args = argparse.Namespace(**locals())
+    check_arguments(args)
+    if dataset:  # bash leaves the ~ of --flag=~/folder alone
+        args.dataset = os.path.expanduser(dataset)
+    folder = Path(os.path.expanduser(class_data_dir)).resolve()
+    # Here lies what a run, or one that was killed, has not yet put in its place.
+    unfinished = folder / ".unfinished"
+    new = []
+    failures = Counter()
+    try:
+        pictures = read_pictures(folder, unfinished)
+        if len(pictures) < num_class_images:
+            new, failures = collect(pictures, unfinished, args)
+        if unfinished.exists() and (pictures or new):
+            publish(folder, unfinished, pictures, new)
+        shutil.rmtree(unfinished, ignore_errors=True)
+    except OSError as error:
+        raise RetrieveError(f"{one_line(str(error))}; fix this and run the same command again") from error
+    if failures:
+        reasons = ", ".join(f"{count} {kind}" for kind, count in failures.most_common())
+        print(f"Skipped {failures.total()} candidates: {reasons}")
+    count = len(pictures) + len(new)
+    print(f"{class_data_dir} has {count} pictures, {len(new)} of them new")
+    return count
+
+
+# ---------- The command -----------------------------------------------------------------------------------------
+
+
+def parse_args(input_args=None):
+    """Parses the command line, or the list of strings `input_args`. The defaults are those of `retrieve`."""
+    defaults = {"num_class_images": retrieve.__defaults__[0]} | retrieve.__kwdefaults__
+    summary = __doc__.splitlines()[0]
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=summary, allow_abbrev=False)
+
+    def add(group, flag, meaning, **options):
+        default = defaults.get(flag.removeprefix("--"))
+        # argparse's own formatter would say "(default: None)", too.
+        if default is not None:
+            meaning = f"{meaning} (default: {default})"
+        group.add_argument(flag, help=meaning, default=default, **options)
+
+    group = parser.add_argument_group("class")
+    add(group, "--class_prompt", 'the class: "cat"; also the caption of pictures that have none', required=True)
+    add(group, "--class_data_dir", "folder for the pictures and their captions", required=True)
+    add(group, "--num_class_images", "number of pictures", type=int)
+    group = parser.add_argument_group("source")
+    choices = ("auto", *SOURCES)
+    add(group, "--source", "auto: dataset if --dataset is given, else the first that answers", choices=choices)
+    add(group, "--backend_url", "knn-service of a clip-retrieval backend")
+    add(group, "--indice_name", "index of the clip-retrieval backend")
+    add(group, "--openverse_url", "image search of the Openverse API; a token in OPENVERSE_TOKEN allows larger pages")
+    add(group, "--dataset", "captioned folder (metadata.jsonl, .csv, .txt, .tar), .parquet or .tar file, hub dataset")
+    add(group, "--split", "split of the dataset")
+    add(group, "--image_column", "column of the pictures or of their URLs; by default found by type and name")
+    add(group, "--caption_column", "column of the captions; by default found by name")
+    group = parser.add_argument_group("downloads")
+    add(group, "--num_workers", "number of simultaneous downloads", type=int)
+    add(group, "--connect_timeout", "seconds allowed to connect", type=float)
+    add(group, "--timeout", "seconds allowed for a picture, redirects and retries included", type=float)
+    add(group, "--retries", "number of retries after a temporary fault, such as status 503", type=int)
+    add(group, "--max_bytes", "skip larger files", type=int)
+    add(group, "--min_size", "skip pictures with a shorter side, in pixels", type=int)
+    private = "also download from loopback, private, link-local hosts"
+    add(group, "--allow_private_hosts", private, action="store_true")
+    args = parser.parse_args(input_args)
+    try:
+        check_arguments(args)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
 
 
 def main(args):

@@ -2,7 +2,8 @@
 """Custom Diffusion: teach a text-to-image diffusion model a new concept from a handful of pictures.
 
 Trains the key and value projections of the UNet's cross-attention and one new word embedding per concept
-(Kumari et al., "Multi-Concept Customization of Text-to-Image Diffusion", CVPR 2023).
+(Kumari et al., "Multi-Concept Customization of Text-to-Image Diffusion", CVPR 2023). docs/how-it-works.md explains
+the method step by step, and docs/measurements.md what was measured with it: so far on CPUs alone. `main` is at the end.
 
 On one GPU, or on a CPU:
     accelerate launch train_custom_diffusion.py --pretrained_model_name_or_path=MODEL \\
@@ -24,11 +25,13 @@ import dataclasses
 import errno
 import functools
 import gc
+import glob
 import hashlib
 import importlib.metadata
 import importlib.util
 import io
 import json
+import logging
 import math
 import os
 import shlex
@@ -37,45 +40,103 @@ import signal
 import sys
 import tempfile
 import textwrap
+import time
 import traceback
 import warnings
 from datetime import timedelta
 from pathlib import Path
 
-NEEDED = ("torch>=2.6", "diffusers>=0.35", "transformers>=4.48,<6", "accelerate>=1.0,<2", "numpy>=1.26", "Pillow>=10.1")
+NEEDED = (
+    "torch>=2.6", "diffusers>=0.35", "transformers>=4.48,<6", "accelerate>=1.0,<2", "numpy>=1.26", "Pillow>=10.1",
+)  # fmt: skip
 INSTALL = "run pip install -r requirements.txt, best in a new environment"
-WEIGHTS_NAME = "pytorch_custom_diffusion_weights"
-MERGE = Path(__file__).resolve().with_name("scripts") / "merge.py"
-TRAINING_STATE_NAME, CHECKPOINT_NAME = "training_state.pt", "checkpoint.json"
-REMEDIES = {  # by what torch says
-    "out of memory": "--gradient_checkpointing or a smaller --train_batch_size or --sample_batch_size takes less",
-    "shared memory": "/dev/shm is full; use docker run --shm-size=1g, or --dataloader_num_workers 0",
-}
 DEFAULT_INITIALIZERS = "ktn+pll+ucd"
-STOP_SIGNALS = [getattr(signal, n) for n in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, n)]
-FAR_PREFIXES, CLOSE_PREFIXES = ("a far away ", "very small "), ("zoomed in ", "close up ")
-# read when transformers is imported, which otherwise warns that torchvision is missing; nothing here uses torchvision
+FAR_PREFIXES = ("a far away ", "very small ")
+CLOSE_PREFIXES = ("zoomed in ", "close up ")
+WEIGHTS_NAME = "pytorch_custom_diffusion_weights"
+TRAINING_STATE_NAME = "training_state.pt"
+CHECKPOINT_NAME = "checkpoint.json"
+DECODED_BYTES = 256 * 2**20  # of instance pictures that a data-loader worker keeps
+SIGNAL_NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+STOP_SIGNALS = [getattr(signal, name) for name in SIGNAL_NAMES if hasattr(signal, name)]
+MEMORY_REMEDY = "--gradient_checkpointing or a smaller --train_batch_size or --sample_batch_size takes less"
+SHM_REMEDY = "/dev/shm is full; use docker run --shm-size=1g, or --dataloader_num_workers 0"
+REMEDIES = {  # by what torch says: the line's subject and what to do
+    "out of memory": ("out of memory", MEMORY_REMEDY),
+    "can't allocate memory": ("out of memory", MEMORY_REMEDY),
+    "ALLOC_FAILED": ("out of memory", MEMORY_REMEDY),
+    "shared memory": ("shared memory", SHM_REMEDY),
+}
+# Transformers reads this when it is imported; otherwise it warns that torchvision is missing, which is not needed.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-warnings.filterwarnings("ignore", "IProgress not found")  # by tqdm.auto in a notebook without ipywidgets
+# By tqdm.auto in a notebook without ipywidgets.
+warnings.filterwarnings("ignore", "IProgress not found")
+
+
+# ---------- Errors in one line, and files that are always complete ----------------------------------------------
 
 
 def fail(subject, problem):
-    """Ends the run with exit status 1 and one line: which flag or file is wrong, and what to do about it."""
+    """Raises SystemExit with one line: which flag or file is wrong, and what to do about it."""
     if os.environ.get("CUSTOM_DIFFUSION_TRACEBACK"):
         traceback.print_exc()
     raise SystemExit(f"error: {subject}: {problem}") from None
 
 
+def shorten(error):
+    """What an exception says, or what it is if it says nothing, on one line."""
+    while isinstance(error, (ImportError, RuntimeError)) and error.__cause__:
+        error = error.__cause__  # lazy imports hide which package is broken
+    return textwrap.shorten(str(error) or type(error).__name__, 400).rstrip(".")
+
+
 @contextlib.contextmanager
 def failing_as(subject, remedy):
-    """Ends the run with one line whatever a library raises in this context: some raise anything."""
+    """Ends the run with one line (SystemExit) whatever is raised here: some libraries raise anything."""
     try:
         yield
     except Exception as error:
-        while isinstance(error, (ImportError, RuntimeError)) and error.__cause__:
-            error = error.__cause__  # lazy imports hide which package is broken
-        problem = textwrap.shorten(str(error) or type(error).__name__, 400).rstrip(".")
-        fail(subject, f"{problem}; {remedy}")
+        fail(subject, f"{shorten(error)}; {remedy}")
+
+
+@contextlib.contextmanager
+def leaving_out(what):
+    """Makes a warning of whatever is raised here: the result is there, and only this is missing."""
+    try:
+        yield
+    except Exception as error:
+        print(f"warning: {what} left out: {shorten(error)}", file=sys.stderr)
+
+
+def write_file(file, content):
+    """Writes bytes to a file beside, flushes and renames it: a file of that name is always complete."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f".{file.name}.unfinished")
+    try:
+        with open(unfinished, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        unfinished.replace(file)
+    finally:
+        unfinished.unlink(missing_ok=True)  # it would fill a full disk
+
+
+def to_bytes(save, *args, **kwargs):
+    """What `save` writes into a stream: given a file's name, torch.save hides why a disk refused it."""
+    stream = io.BytesIO()
+    save(*args, stream, **kwargs)
+    return stream.getbuffer()
+
+
+# ---------- Arguments -------------------------------------------------------------------------------------------
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser that answers a wrong command line with one line, without the usage."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def boolean(text):
@@ -98,112 +159,132 @@ def number(kind, least, below=math.inf):
     return parse
 
 
+positive, non_negative = number(int, 1), number(int, 0)
+real, fraction = number(float, 0), number(float, 0, below=1)
+path = os.path.expanduser  # bash leaves the ~ of --flag=~/folder alone
+PRECISIONS = ("no", "fp16", "bf16")
+SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+TRACKERS = ("tensorboard", "wandb", "comet_ml", "all", "none")
+# fmt: off
+FLAGS = {  # by group: flag, type or choices, default, help
+    "model and concept": [
+        ("pretrained_model_name_or_path", path, None, "hub id, or folder in diffusers format"),
+        ("revision", str, None, "revision of the model on the hub"),
+        ("variant", str, None, "variant of the weight files, such as fp16"),
+        ("tokenizer_name", path, None, "another tokenizer than the model's: hub id or folder"),
+        ("instance_data_dir", path, None, "folder with 3 to 20 pictures of the concept"),
+        ("instance_prompt", str, None, 'their prompt, with the modifier token: "photo of a <new1> cat"'),
+        ("class_data_dir", path, None, "folder of class (regularization) pictures; generated ones go there"),
+        ("class_prompt", str, None, 'the class: "cat"'),
+        ("concepts_list", path, None, "JSON list of objects with the four keys above, for several concepts"),
+        ("modifier_token", str, None, 'new word; "+" between several: "<new1>+<new2>"'),
+        ("initializer_token", str, DEFAULT_INITIALIZERS, "words whose embeddings the new ones start from"),
+        ("freeze_model", ("crossattn_kv", "crossattn"), "crossattn_kv",
+         "crossattn_kv trains to_k and to_v of the cross-attention; crossattn also to_q and to_out"),
+    ],
+    "class pictures and preprocessing": [
+        ("with_prior_preservation", boolean, False, "add the loss on class pictures: it preserves the class"),
+        ("prior_loss_weight", real, 1.0, "weight of that loss"),
+        ("num_class_images", positive, 200, "pictures per class; missing ones are generated"),
+        ("real_prior", boolean, False, "use real class pictures, fetched by retrieve.py; generate none"),
+        ("prior_generation_precision", ("no", "fp32", "fp16", "bf16"), None, "default: fp16 on a GPU"),
+        ("sample_batch_size", positive, 4, "pictures drawn or encoded at once, per device"),
+        ("resolution", positive, 512, "picture size in pixels"),
+        ("center_crop", boolean, False, "cut pictures to a centred square first"),
+        ("hflip", boolean, False, "mirror half of the pictures"),
+        ("noaug", boolean, False, "no scale augmentation of the instance pictures"),
+        ("alpha_mask", boolean, False, "the alpha channel of an instance picture masks the loss"),
+    ],
+    "training": [
+        ("train_batch_size", positive, 4, "instance pictures per device and micro-batch"),
+        ("gradient_accumulation_steps", positive, 1, "micro-batches per optimizer step"),
+        ("num_train_epochs", positive, 1, "an epoch is max(instance pictures, class pictures) long"),
+        ("max_train_steps", positive, None, "optimizer steps; wins over --num_train_epochs"),
+        ("seed", non_negative, 42, "every random draw follows from it"),
+        ("dataloader_num_workers", non_negative, 2, "processes that load pictures; 0: the main one"),
+        ("local_rank", int, -1, "not used: launchers set LOCAL_RANK"),
+    ],
+    "optimizer": [
+        ("learning_rate", real, 1e-5, "AdamW's learning rate"),
+        ("scale_lr", boolean, False, "times accumulation x batch x processes, and x 2 with class pictures"),
+        ("lr_scheduler", SCHEDULES, "constant", "diffusers' schedule of the learning rate"),
+        ("lr_warmup_steps", non_negative, 500, "optimizer steps of warm-up (constant has none)"),
+        ("adam_beta1", fraction, 0.9, "AdamW's first beta"),
+        ("adam_beta2", fraction, 0.999, "AdamW's second beta"),
+        ("adam_weight_decay", real, 1e-2, "AdamW's weight decay"),
+        ("adam_epsilon", real, 1e-8, "AdamW's epsilon"),
+        ("use_8bit_adam", boolean, False, "bitsandbytes' 8-bit AdamW (GPU)"),
+        ("max_grad_norm", real, 1.0, "gradient clipping over everything trained; 0: none"),
+    ],
+    "precision and memory": [
+        ("mixed_precision", PRECISIONS, None, "default: accelerate's configuration"),
+        ("allow_tf32", boolean, False, "TF32 matrix products on Ampere and later GPUs"),
+        ("gradient_checkpointing", boolean, False, "recompute activations: less memory, slower"),
+        ("channels_last", boolean, False, "the UNet's convolutions in channels_last, which GPUs may do faster"),
+        ("enable_xformers_memory_efficient_attention", boolean, False, "attention by xformers (GPU)"),
+        ("set_grads_to_none", boolean, False, "free gradients between steps instead of zeroing them"),
+        ("cache_latents", non_negative, 0, "so many augmentations of each picture, encoded once"),
+    ],
+    "output and validation": [
+        ("output_dir", path, "custom-diffusion-model", "folder of everything that the run leaves"),
+        ("logging_dir", path, "logs", "tensorboard's folder, inside output_dir"),
+        ("report_to", TRACKERS, "tensorboard", "tracker of loss and validation pictures"),
+        ("no_safe_serialization", boolean, False, "write only .bin files, no .safetensors"),
+        ("validation_prompt", str, None, 'prompt of the validation pictures: "<new1> cat sitting in a bucket"'),
+        ("num_validation_images", positive, 2, "pictures per validation"),
+        ("validation_steps", positive, 50, "optimizer steps between validations"),
+    ],
+    "checkpoints": [
+        ("checkpointing_steps", positive, 250, "optimizer steps between checkpoints"),
+        ("checkpoints_total_limit", positive, None, "keep only so many of the newest"),
+        ("resume_from_checkpoint", path, None, 'a checkpoint\'s path, its name in output_dir, or "latest"'),
+    ],
+    "hub": [
+        ("push_to_hub", boolean, False, "upload the result to the Hugging Face hub"),
+        ("hub_token", str, None, "token for the upload; better: `hf auth login`"),
+        ("hub_model_id", str, None, "repository; default: the output folder's name"),
+    ],
+}
+# fmt: on
+
+
 def parse_args(input_args=None):
-    """Reads the command line, or the list of strings `input_args`, into a checked `argparse.Namespace`."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    """Reads the command line, or the strings `input_args`, into a checked `argparse.Namespace`."""
+    parser = ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.usage = "accelerate launch train_custom_diffusion.py --pretrained_model_name_or_path MODEL [other flags]"
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")  # without the usage: one line
-    flag = {"type": boolean, "nargs": "?", "const": True, "default": False}
-    positive, non_negative = number(int, 1), number(int, 0)
-    real, fraction = number(float, 0), number(float, 0, below=1)
-    path = os.path.expanduser  # bash leaves the ~ of --flag=~/folder alone
-    schedules = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
-    trackers = ("tensorboard", "wandb", "comet_ml", "all", "none")
-    # fmt: off
-    add = parser.add_argument_group("model and concept").add_argument
-    add("--pretrained_model_name_or_path", type=path, required=True, help="hub id, or folder in diffusers format")
-    add("--revision", help="revision of the model on the hub")
-    add("--variant", help="variant of the weight files, such as fp16")
-    add("--tokenizer_name", type=path, help="another tokenizer than the model's: hub id or folder")
-    add("--instance_data_dir", type=path, help="folder with 3 to 20 pictures of the concept")
-    add("--instance_prompt", help='their prompt, with the modifier token: "photo of a <new1> cat"')
-    add("--class_data_dir", type=path, help="folder of class (regularization) pictures; generated ones are put there")
-    add("--class_prompt", help='the class: "cat"')
-    add("--concepts_list", type=path, help="JSON list of objects with the four keys above, for several concepts")
-    add("--modifier_token", help='new word; "+" between several: "<new1>+<new2>"')
-    add("--initializer_token", default=DEFAULT_INITIALIZERS, help="words whose embeddings the new ones start from")
-    add("--freeze_model", default="crossattn_kv", choices=("crossattn_kv", "crossattn"),
-        help="crossattn_kv trains to_k and to_v of the cross-attention; crossattn also to_q and to_out")
-    add = parser.add_argument_group("class pictures and preprocessing").add_argument
-    add("--with_prior_preservation", **flag, help="add the loss on class pictures, so that the class is preserved")
-    add("--prior_loss_weight", type=real, default=1.0, help="weight of that loss")
-    add("--num_class_images", type=positive, default=200, help="pictures per class; missing ones are generated")
-    add("--real_prior", **flag, help="use real class pictures, fetched by retrieve.py; generate none")
-    add("--prior_generation_precision", choices=("no", "fp32", "fp16", "bf16"), help="default: fp16 on a GPU")
-    add("--sample_batch_size", type=positive, default=4, help="batch for drawing and encoding pictures, per device")
-    add("--resolution", type=positive, default=512, help="picture size in pixels")
-    add("--center_crop", **flag, help="cut pictures to a centred square first")
-    add("--hflip", **flag, help="mirror half of the pictures")
-    add("--noaug", **flag, help="no scale augmentation of the instance pictures")
-    add("--alpha_mask", **flag, help="the alpha channel of an instance picture masks the loss")
-    add = parser.add_argument_group("training").add_argument
-    add("--train_batch_size", type=positive, default=4, help="instance pictures per device and micro-batch")
-    add("--gradient_accumulation_steps", type=positive, default=1, help="micro-batches per optimizer step")
-    add("--num_train_epochs", type=positive, default=1, help="an epoch is max(instance pictures, class pictures) long")
-    add("--max_train_steps", type=positive, help="optimizer steps; wins over --num_train_epochs")
-    add("--seed", type=non_negative, default=42, help="every random draw follows from it")
-    add("--dataloader_num_workers", type=non_negative, default=2, help="processes that load pictures; 0: the main one")
-    add("--local_rank", type=int, default=-1, help="not used: launchers set LOCAL_RANK")
-    add = parser.add_argument_group("optimizer").add_argument
-    add("--learning_rate", type=real, default=1e-5, help="AdamW's learning rate")
-    add("--scale_lr", **flag, help="times accumulation x batch x processes, and x 2 with prior preservation")
-    add("--lr_scheduler", default="constant", choices=schedules, help="diffusers' schedule of the learning rate")
-    add("--lr_warmup_steps", type=non_negative, default=500, help="optimizer steps of warm-up (constant has none)")
-    add("--adam_beta1", type=fraction, default=0.9, help="AdamW's first beta")
-    add("--adam_beta2", type=fraction, default=0.999, help="AdamW's second beta")
-    add("--adam_weight_decay", type=real, default=1e-2, help="AdamW's weight decay")
-    add("--adam_epsilon", type=real, default=1e-8, help="AdamW's epsilon")
-    add("--use_8bit_adam", **flag, help="bitsandbytes' 8-bit AdamW (GPU)")
-    add("--max_grad_norm", type=real, default=1.0, help="gradient clipping over everything trained; 0: none")
-    add = parser.add_argument_group("precision and memory").add_argument
-    add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: accelerate's configuration")
-    add("--allow_tf32", **flag, help="TF32 matrix products on Ampere and later GPUs")
-    add("--gradient_checkpointing", **flag, help="recompute activations: less memory, slower")
-    add("--channels_last", **flag, help="the UNet's convolutions in channels_last, which GPUs may do faster")
-    add("--enable_xformers_memory_efficient_attention", **flag, help="attention by xformers (GPU)")
-    add("--set_grads_to_none", **flag, help="free gradients between steps instead of zeroing them")
-    add("--cache_latents", type=non_negative, default=0, help="so many augmentations of each picture, encoded once")
-    add = parser.add_argument_group("output and validation").add_argument
-    add("--output_dir", type=path, default="custom-diffusion-model", help="folder of everything that the run leaves")
-    add("--logging_dir", type=path, default="logs", help="tensorboard's folder, inside output_dir")
-    add("--report_to", default="tensorboard", choices=trackers, help="tracker of loss and validation pictures")
-    add("--no_safe_serialization", **flag, help="write only .bin files, no .safetensors")
-    add("--keep_apart", **flag, help="at the end, put the rest back towards what it was (docs/merging.md)")
-    add("--validation_prompt", help='prompt of the validation pictures: "<new1> cat sitting in a bucket"')
-    add("--num_validation_images", type=positive, default=2, help="pictures per validation")
-    add("--validation_steps", type=positive, default=50, help="optimizer steps between validations")
-    add = parser.add_argument_group("checkpoints").add_argument
-    add("--checkpointing_steps", type=positive, default=250, help="optimizer steps between checkpoints")
-    add("--checkpoints_total_limit", type=positive, help="keep only so many of the newest")
-    add("--resume_from_checkpoint", type=path, help='a checkpoint\'s path, its name in output_dir, or "latest"')
-    add = parser.add_argument_group("hub").add_argument
-    add("--push_to_hub", **flag, help="upload the result to the Hugging Face hub")
-    add("--hub_token", help="token for the upload; better: `hf auth login`")
-    add("--hub_model_id", help="repository; default: the output folder's name")
-    # fmt: on
-    for action in parser._actions:  # argparse's formatter with defaults would say "(default: None)", too
-        action.help += "" if action.default in (None, argparse.SUPPRESS) else " (default: %(default)s)"
+    for title, rows in FLAGS.items():
+        group = parser.add_argument_group(title)
+        for name, kind, default, text in rows:
+            options = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+            if kind is boolean:  # works bare as well
+                options |= {"nargs": "?", "const": True}
+            shown = text if default is None else f"{text} (default: %(default)s)"
+            required = name == "pretrained_model_name_or_path"
+            group.add_argument(f"--{name}", default=default, help=shown, required=required, **options)
     args = parser.parse_args(input_args)
-    needed = ["instance_data_dir", "instance_prompt"]
-    needed += ["class_data_dir", "class_prompt"] if args.with_prior_preservation else []
-    for name in needed if not args.concepts_list else ():
+    needed = [] if args.concepts_list else ["instance_data_dir", "instance_prompt"]
+    if args.with_prior_preservation and not args.concepts_list:
+        needed += ["class_data_dir", "class_prompt"]
+    for name in needed:
         if not getattr(args, name):
             parser.error(f"--{name} is missing: give it, or --concepts_list")
     if args.real_prior and not args.with_prior_preservation:
         parser.error("--real_prior needs --with_prior_preservation: add it, or leave out --real_prior")
-    if args.hub_token and args.report_to in ("wandb", "comet_ml", "all"):  # they record the command line
+    # These trackers record the command line.
+    if args.hub_token and args.report_to in ("wandb", "comet_ml", "all"):
         parser.error(f"--hub_token would be shown to --report_to {args.report_to}: use `hf auth login` instead")
-    tokens = modifier_tokens(args)
-    if len(set(tokens)) < len(tokens) or any(not t or t != t.strip() or "/" in t for t in tokens):
+    words = modifier_tokens(args)
+    if len(set(words)) < len(words) or any(not w or w != w.strip() or "/" in w for w in words):
         parser.error(f"--modifier_token {args.modifier_token!r}: give different words, for example '<new1>+<new2>'")
-    if len(args.initializer_token.split("+")) < len(tokens):
+    if len(args.initializer_token.split("+")) < len(words):
         parser.error(f"--initializer_token {args.initializer_token}: give one for each of {args.modifier_token}")
-    if args.keep_apart and (args.freeze_model != "crossattn_kv" or not tokens):
-        parser.error("--keep_apart needs --modifier_token and --freeze_model crossattn_kv")
-    if args.keep_apart and not MERGE.is_file():
-        parser.error(f"--keep_apart needs {MERGE}, from this script's repository")
     check_versions()
     return args
+
+
+def modifier_tokens(args):
+    """New words of --modifier_token, in order; an empty list for none."""
+    return args.modifier_token.split("+") if args.modifier_token else []
 
 
 def check_versions():
@@ -219,16 +300,31 @@ def check_versions():
                 raise ImportError(f"{needed.name} {found} is installed, and {needed} is needed")
 
 
-def modifier_tokens(args):
-    """New words of --modifier_token, in order; an empty list for none."""
-    return args.modifier_token.split("+") if args.modifier_token else []
+@contextlib.contextmanager
+def slow_imports():
+    """Imports without looking for garbage; a broken package ends the command with one line.
+
+    Looking for garbage among the million objects that these imports make takes a fifth of their
+    time. Where this file is imported, the package's own error is raised.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    # A package that is broken, torchvision for example, can raise anything.
+    except Exception as error:
+        if __name__ != "__main__":
+            raise
+        fail("packages", f"{shorten(error)}; {INSTALL}")
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
-if __name__ == "__main__":
-    parse_args()  # so that --help and wrong arguments answer before the imports below, which take seconds
+# --help and wrong arguments answer here, before the imports below, which take seconds.
+arguments = parse_args() if __name__ == "__main__" else None
 
-gc.disable()  # looking for garbage among the million objects that these imports make takes a fifth of their time
-with failing_as("packages", INSTALL):  # one that is broken, torchvision for example, can end any import
+with slow_imports():
     import accelerate
     import diffusers
     import filelock
@@ -236,11 +332,11 @@ with failing_as("packages", INSTALL):  # one that is broken, torchvision for exa
     import torch
     import transformers
     from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, InitProcessGroupKwargs
-    from diffusers import DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
+    from diffusers import DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, UNet2DConditionModel
     from diffusers.models import attention_processor
     from diffusers.optimization import get_scheduler
     from diffusers.utils import make_image_grid
-    from huggingface_hub import ModelCardData, create_repo, upload_folder
+    from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
     from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
     from safetensors.torch import load_file
     from safetensors.torch import save as serialize
@@ -250,11 +346,14 @@ with failing_as("packages", INSTALL):  # one that is broken, torchvision for exa
 
     with contextlib.suppress(ImportError):
         importlib.import_module("pillow_heif").register_heif_opener()  # for phones' pictures
-gc.enable()
-SCHEDULER_SETTINGS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "steps_offset",
-                      "timestep_spacing", "prediction_type", "rescale_betas_zero_snr")  # fmt: skip
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+# How far a prediction may be from another one, as a share of its largest value, when attention is computed otherwise.
+ROUNDING = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 XL_NAMES = ("clip_l", "clip_g")  # of a word's embeddings for SDXL's two text encoders
+SCHEDULER_SETTINGS = (  # that say how a model was trained
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
+    "steps_offset", "timestep_spacing", "prediction_type", "rescale_betas_zero_snr",
+)  # fmt: skip
 
 
 # ---------- Concepts and pictures -------------------------------------------------------------------------------
@@ -262,43 +361,61 @@ XL_NAMES = ("clip_l", "clip_g")  # of a word's embeddings for SDXL's two text en
 
 @dataclasses.dataclass
 class Concept:
-    """One concept: its instance prompt and class, and (picture, caption) pairs of the instance and of the class."""
+    """One concept: its prompts, and its samples, which are (picture file, caption) pairs."""
 
     instance_prompt: str
-    instance_images: list
+    instance_samples: list
     class_prompt: str | None = None
     class_data_dir: Path | None = None
-    class_images: list = dataclasses.field(default_factory=list)
+    class_samples: list = dataclasses.field(default_factory=list)
 
 
 def read_concepts(args):
-    """Reads and checks what needs no model: the concepts and every picture. Returns a list of `Concept`."""
-    concepts, output_dir = [], Path(args.output_dir).resolve()
+    """Reads and checks what needs no model, every picture included. Returns a list of `Concept`."""
+    output_dir = Path(args.output_dir).resolve()
     existing = next(path for path in (output_dir, *output_dir.parents) if path.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
-        fail(f"--output_dir {args.output_dir}", f"{existing} is not a folder that can be written to; give another")
-    for entry in read_concepts_list(args) if args.concepts_list else [vars(args)]:
+        problem = f"{existing} is not a folder that can be written to; give another"
+        fail(f"--output_dir {args.output_dir}", problem)
+    entries = read_concepts_list(args) if args.concepts_list else [vars(args)]
+    concepts = []
+    for entry in entries:
         folder = Path(entry["instance_data_dir"]).expanduser()
-        files, prompt = find_images(folder, "instance_data_dir"), entry["instance_prompt"]
-        concept = Concept(prompt, [(file, read_caption(file, prompt)) for file in files])
-        if not concept.instance_images:
+        prompt = entry["instance_prompt"]
+        files = find_images(folder, "instance_data_dir")
+        if not files:
             fail(f"instance_data_dir {folder}", "no pictures in it; put 3 to 20 there")
-        folders = [folder.resolve(), output_dir]
+        concept = Concept(prompt, [(file, read_caption(file, prompt)) for file in files])
         if args.with_prior_preservation:
             concept.class_prompt = entry["class_prompt"]
             concept.class_data_dir = Path(entry["class_data_dir"]).expanduser()
             read_class_images(concept, args)
-            folders.append(concept.class_data_dir.resolve())
-        if len(set(folders)) < len(folders):
-            fail(f"instance_data_dir {folder}", "it, class_data_dir and output_dir must be different folders")
         concepts.append(concept)
-    classes = {(str(c.class_data_dir), c.class_prompt) for c in concepts}
-    if len({folder for folder, _ in classes}) < len(classes) and not args.real_prior:
-        fail("class_data_dir", f"the same for different class prompts; give each class its own: {sorted(classes)}")
-    for file in {file: None for c in concepts for file, _ in c.instance_images + c.class_images}:
+    check_folders(concepts, output_dir, args.real_prior)
+    samples = [sample for concept in concepts for sample in concept.instance_samples + concept.class_samples]
+    for file in dict(samples):
         with failing_as(file, "not a readable picture: repair or remove it"):
             load_picture(file)
     return concepts
+
+
+def check_folders(concepts, output_dir, real_prior):
+    """Fails if a folder has two purposes, in one concept or in two, however its path is written."""
+    instance_folders = {file.parent.resolve() for concept in concepts for file, _ in concept.instance_samples}
+    class_prompts = {}
+    for concept in concepts:
+        if concept.class_data_dir:
+            folder = concept.class_data_dir.resolve()
+            known = class_prompts.setdefault(folder, concept.class_prompt)
+            # Generated pictures of two classes would have the same names; real ones have captions of their own.
+            if known != concept.class_prompt and not real_prior:
+                both = f"the same for different class prompts, {known!r} and {concept.class_prompt!r}"
+                fail(f"class_data_dir {concept.class_data_dir}", f"{both}; give each class its own")
+    for folder in instance_folders:
+        if folder in class_prompts or folder == output_dir:
+            fail(f"instance_data_dir {folder}", "it, class_data_dir and output_dir must be different folders")
+    if output_dir in class_prompts:
+        fail(f"class_data_dir {output_dir}", "it and output_dir must be different folders")
 
 
 def read_concepts_list(args):
@@ -309,7 +426,8 @@ def read_concepts_list(args):
     if not isinstance(entries, list) or not entries:
         fail(subject, "not a list of concepts; give [{...}, ...]")
     needed = ["instance_prompt", "instance_data_dir"]
-    needed += ["class_prompt", "class_data_dir"] if args.with_prior_preservation else []
+    if args.with_prior_preservation:
+        needed += ["class_prompt", "class_data_dir"]
     for index, entry in enumerate(entries, start=1):
         for key in needed:
             if not isinstance(entry, dict) or not isinstance(entry.get(key), str) or not entry[key]:
@@ -318,30 +436,33 @@ def read_concepts_list(args):
 
 
 def read_class_images(concept, args):
-    """Fills in the concept's class pictures and captions: retrieve.py's lists, or a plain folder, if there is one."""
-    folder, images, captions = concept.class_data_dir, [], []
+    """Fills in the concept's class samples: from retrieve.py's lists, or from a plain folder."""
+    folder = concept.class_data_dir
     lists = [folder / "images.txt", folder / "caption.txt"]
+    samples = []
     if args.real_prior and all(file.is_file() for file in lists):
         with failing_as(f"class_data_dir {folder}", "run retrieve.py again"):
             names, captions = (file.read_text("utf-8").removesuffix("\n").split("\n") for file in lists)
             if len(names) != len(captions):
                 raise ValueError(f"{len(names)} lines in images.txt, {len(captions)} in caption.txt")
-            # a name is absolute, or relative to class_data_dir or to the working folder
-            images = [folder / name if (folder / name).is_file() else Path(name) for name in names if name]
-            for image in images:
-                image.stat()
+            for name, caption in zip(names, captions, strict=True):
+                # A name is absolute, or relative to class_data_dir or to the working folder.
+                file = folder / name if (folder / name).is_file() else Path(name)
+                if name:  # a blank line takes its caption with it
+                    file.stat()  # raises OSError if there is none
+                    samples.append((file, caption))
     elif folder.exists():
-        images = find_images(folder, "class_data_dir")
-        captions = [concept.class_prompt] * len(images)
-    if args.real_prior and not images:
-        command = ["python", "retrieve.py", "--class_prompt", concept.class_prompt, "--class_data_dir", str(folder)]
-        command += ["--num_class_images", str(args.num_class_images)]
-        fail(f"class_data_dir {folder}", f"no real class pictures in it; run: {shlex.join(command)}")
-    concept.class_images = list(zip(images, captions, strict=True))[: args.num_class_images]
+        samples = [(file, concept.class_prompt) for file in find_images(folder, "class_data_dir")]
+    if args.real_prior and not samples:
+        command = ["python", "retrieve.py", "--class_prompt", concept.class_prompt]
+        command += ["--class_data_dir", str(folder), "--num_class_images", str(args.num_class_images)]
+        problem = f"no real class pictures in it; run: {shlex.join(command)}"
+        fail(f"class_data_dir {folder}", problem)
+    concept.class_samples = samples[: args.num_class_images]
 
 
 def find_images(folder, name):
-    """Picture files of a folder by their ending, sorted by name; hidden files and folders are left out."""
+    """Picture files of a folder, by their ending, sorted by name; without hidden files and folders."""
     known = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     with failing_as(f"{name} {folder}", "give a folder of pictures"):
         files = [file for file in sorted(folder.iterdir()) if file.name[0] != "." and not file.is_dir()]
@@ -359,80 +480,110 @@ def read_caption(image, default):
 
 
 def load_picture(file, least=math.inf, keep_alpha=False):
-    """Decodes a picture to upright RGB: sRGB, 8 bits, alpha on white, reduced as far as its shorter side allows.
+    """Decodes a picture to upright sRGB of 8 bits, alpha on white, its shorter side at least `least`.
 
-    With `keep_alpha` it shows the colours under the alpha and has that as the X of RGBX, which no resizing multiplies
-    into the colours; at least 1, as 0 means an empty canvas. Returns the picture and its size in the file.
+    With `keep_alpha` it shows the colours under the alpha and has that as the X of RGBX, which no
+    resizing multiplies into the colours; at least 1, as 0 means an empty canvas. Returns the
+    picture and its size in the file.
     """
-    with Image.open(file) as image:
-        image, profile = ImageOps.exif_transpose(image), image.info.get("icc_profile")
-        if image.mode[0] in "IF":  # 16 bits, or floats of 0 to 1
-            values = np.asarray(image) * (255 if image.mode == "F" else 1 / 257)
-            image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
-        if image.has_transparency_data or image.mode == "P":
-            image = image.convert("RGBA")
-        if profile:  # phones have wider colours than sRGB
-            srgb, mode = ImageCms.createProfile("sRGB"), "RGBA" if image.mode == "RGBA" else "RGB"
-            with contextlib.suppress(ImageCms.PyCMSError, OSError):  # a broken profile is as good as none
-                image = ImageCms.profileToProfile(image, io.BytesIO(profile), srgb, outputMode=mode)
-        if image.mode != "RGBA":
-            image = image.convert("RGB")
-        elif keep_alpha:
-            *colours, alpha = image.split()
-            image = Image.merge("RGBX", (*colours, alpha.point(lambda value: max(value, 1))))
-        else:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-        return image.reduce(max(1, int(min(image.size) // least))), image.size  # by a whole number
+    with Image.open(file) as opened:
+        image = ImageOps.exif_transpose(opened)
+        profile = opened.info.get("icc_profile")
+    if image.mode[0] in "IF":  # 16 bits, or floats of 0 to 1
+        scale = 255 if image.mode == "F" else 1 / 257
+        values = np.asarray(image) * scale
+        image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
+    if image.has_transparency_data or image.mode == "P":
+        image = image.convert("RGBA")
+    if profile:  # phones have wider colours than sRGB
+        srgb = ImageCms.createProfile("sRGB")
+        mode = "RGBA" if image.mode == "RGBA" else "RGB"
+        # A broken profile is as good as none.
+        with contextlib.suppress(ImageCms.PyCMSError, OSError):
+            image = ImageCms.profileToProfile(image, io.BytesIO(profile), srgb, outputMode=mode)
+    if image.mode != "RGBA":
+        image = image.convert("RGB")
+    elif keep_alpha:
+        red, green, blue, alpha = image.split()
+        image = Image.merge("RGBX", (red, green, blue, alpha.point(lambda value: max(value, 1))))
+    else:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    factor = max(1, int(min(image.size) // least))
+    return image.reduce(factor), image.size
 
 
 def draw_scale(size, rng):
-    """Scale in pixels of an instance picture: 66 % uniform in [size/3, size], else in [1.2 size, 1.4 size)."""
+    """Scale in pixels: 66 % uniform in [size/3, size], the others in [1.2 size, 1.4 size).
+
+    These are the values of the authors' own code; the paper (section 4, training details) gives
+    close ones.
+    """
     if rng.random() < 0.66:
         return int(rng.integers(size // 3, size + 1))
     return int(rng.integers(int(1.2 * size), int(1.4 * size)))
 
 
 def place_instance(image, scale, size, factor, rng):
-    """Puts an instance picture at `scale` pixels on a transparent size x size canvas, or cuts a window out of it.
+    """Puts a picture at `scale` pixels on an empty canvas of size x size, or cuts a window out of it.
 
-    Returns RGBX pixels (size, size, 4), the window's corner (top, left) or None, and the loss mask (size/factor,
-    size/factor): 1 strictly inside the picture, or everywhere in a window. The guide's script squeezes pictures to a
-    square, here the longer side is at the scale.
+    Returns RGBX pixels (size, size, 4), the window's corner (top, left) or None, and the loss mask
+    (size/factor, size/factor): 1 strictly inside the picture, or everywhere in a window. The
+    guide's script squeezes pictures to a square, here the longer side is at the scale.
     """
-    mask = np.full((size // factor, size // factor), scale > size, np.float32)
     if scale > size:
-        return *random_window(image, scale, size, rng), mask
+        pixels, corner = random_window(image, scale, size, rng)
+        return pixels, corner, np.ones((size // factor, size // factor), np.float32)
     width, height = (max(1, round(length * scale / max(image.size))) for length in image.size)
     image = image.resize((width, height), Image.Resampling.BILINEAR)
-    left, top = int(rng.integers(size - width + 1)), int(rng.integers(size - height + 1))
+    left = int(rng.integers(size - width + 1))
+    top = int(rng.integers(size - height + 1))
     pixels = np.zeros((size, size, 4), np.uint8)
     pixels[top : top + height, left : left + width] = image.convert("RGBX")
+    mask = np.zeros((size // factor, size // factor), np.float32)
     mask[inner_cells(top, height, factor), inner_cells(left, width, factor)] = 1
     return pixels, None, mask
 
 
 def inner_cells(start, length, factor):
-    """Latent cells strictly inside [start, start + length) pixels, or the one at its centre if there is none."""
-    first, last = start // factor + 1, (start + length) // factor - 1
+    """Latent cells strictly inside [start, start + length) pixels, or else the one at its centre."""
+    first = start // factor + 1
+    last = (start + length) // factor - 1
+    if first < last:
+        return slice(first, last)
     centre = (start + length // 2) // factor
-    return slice(first, last) if first < last else slice(centre, centre + 1)  # an empty mask makes a loss of NaN
+    return slice(centre, centre + 1)  # an empty mask makes a loss of NaN
 
 
 def random_window(image, scale, size, rng):
-    """Random window of an image resized to `scale` on its shorter side: RGBX (size, size, 4), uint8; (top, left)."""
+    """Random window, shorter side resized to `scale`: RGBX (size, size, 4), uint8; (top, left)."""
     width, height = (round(length * scale / min(image.size)) for length in image.size)
-    left, top = int(rng.integers(width - size + 1)), int(rng.integers(height - size + 1))
-    image = image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
-    return np.asarray(image.convert("RGBX")), (top, left)
+    left = int(rng.integers(width - size + 1))
+    top = int(rng.integers(height - size + 1))
+    resized = image.resize((width, height), Image.Resampling.BILINEAR)
+    window = resized.crop((left, top, left + size, top + size))
+    return np.asarray(window.convert("RGBX")), (top, left)
+
+
+def time_ids(original_size, corner, size):
+    """SDXL's size conditions, (6,): the original's height and width, the window's top and left, size twice.
+
+    The order is that of diffusers' `StableDiffusionXLPipeline._get_add_time_ids` (SDXL report,
+    section 2.2). A picture on a canvas, which has no corner, gets what inference uses.
+    """
+    if corner is None:
+        return np.array((size, size, 0, 0, size, size), np.float32)
+    (width, height), (top, left) = original_size, corner
+    return np.array((height, width, top, left, size, size), np.float32)
 
 
 @dataclasses.dataclass
 class CustomDiffusionDataset(Dataset):
-    """Preprocesses instance pictures, class pictures and their prompts: item n is draw n of an endless sequence.
+    """Preprocesses pictures and prompts; item n is draw n of an endless sequence.
 
-    A draw has everything random about an instance and a class sample: which pictures, their augmentation, the VAE's
-    posterior sample, noise and timestep. It depends on (seed, n) alone and the training step draws nothing, so
-    processes, workers, accumulation and resuming cannot change a result.
+    A draw has everything random about an instance and a class example: which pictures, their
+    augmentation, the VAE's posterior sample, noise and timestep. It depends on (seed, n) alone and
+    the training step draws nothing, so processes, workers, accumulation and resuming cannot change
+    a result.
     """
 
     concepts: list
@@ -446,116 +597,165 @@ class CustomDiffusionDataset(Dataset):
     hflip: bool
     alpha_mask: bool
     aug: bool  # whether instance pictures are scaled, and their prompts say so
-    cache: dict | None = None  # from `cache_latents`: arrays that samples then take rows of
+    cache: dict | None = None  # from `cache_latents`: arrays that examples then take rows of
 
     def __post_init__(self):
-        self.instances = [pair for c in self.concepts for pair in c.instance_images]
-        self.classes = [pair for c in self.concepts for pair in c.class_images]
+        self.instances = [sample for concept in self.concepts for sample in concept.instance_samples]
+        self.classes = [sample for concept in self.concepts for sample in concept.class_samples]
         self.epoch_length = max(len(self.instances), len(self.classes))
-        self.decoded = {}  # the first 64 instance pictures: a phone's take longer to decode than a step takes
+        # Instance pictures by file: a phone's take longer to decode than a step takes.
+        self.decoded = {}
+        self.decoded_bytes = 0
 
     def __getitem__(self, draw):
-        """Samples of one draw: the instance's and, with prior preservation, the class's, which has no mask.
+        """Examples of a draw: the instance's and, with prior preservation, the class's, without a mask.
 
-        Each is a dict: what `preprocess` returns, with the posterior's mean and std (channels, h, w) for the pixels if
-        they are cached; posterior_noise and noise (channels, h, w); the timestep.
+        Each is a dict: what `preprocess` returns, with the posterior's mean and std (channels, h,
+        w) for the pixels if they are cached; posterior_noise and noise (channels, h, w); the
+        timestep.
         """
         epoch, position = divmod(draw, self.epoch_length)
         order = np.random.default_rng((self.seed, 0, epoch)).permutation(self.epoch_length)
-        index, rng = int(order[position]), np.random.default_rng((self.seed, 1, draw))
-        samples = [self.sample(index % len(self.instances), rng)]
+        index = int(order[position])
+        rng = np.random.default_rng((self.seed, 1, draw))
+        examples = [self.example(index % len(self.instances), rng)]
         if self.classes:
-            samples.append(self.sample(len(self.instances) + index % len(self.classes), rng))
-            del samples[1]["mask"]
-        return samples
+            class_example = self.example(len(self.instances) + index % len(self.classes), rng)
+            del class_example["mask"]
+            examples.append(class_example)
+        return examples
 
-    def sample(self, picture, rng):
-        """Sample of a picture, which is given by its number; the class pictures come after the instances."""
+    def example(self, picture, rng):
+        """Example of a picture by its number; the class pictures come after the instance pictures."""
         if self.cache:
             augmentations = len(self.cache["mask"]) // len(self.instances + self.classes)
             row = picture * augmentations + rng.integers(augmentations)
-            sample = {key: values[row] for key, values in self.cache.items()}
+            example = {key: values[row] for key, values in self.cache.items()}
         else:
-            sample = self.preprocess(picture, rng)
-        return sample | {
+            example = self.preprocess(picture, rng)
+        return example | {
             "posterior_noise": rng.standard_normal(self.latent_shape, np.float32),
             "noise": rng.standard_normal(self.latent_shape, np.float32),
             "timesteps": rng.integers(self.num_train_timesteps),
         }
 
     def preprocess(self, picture, rng):
-        """One augmentation of a picture: pixels (4, size, size) uint8 RGBX, mask (1, h, w), input_ids (tokens,).
+        """One augmentation: pixels (4, size, size) uint8 RGBX, mask (1, h, w), input_ids (tokens,).
 
-        X is 0 on an empty canvas; with --alpha_mask it is the alpha, whose mean over a cell is a factor of the mask.
-        For SDXL also input_ids_2 (tokens,) and time_ids (6,): height and width of the original, top and left of the
-        window in the resized picture, height and width of the result. A picture on a canvas has what inference uses.
+        X is 0 on an empty canvas, which `encode` makes grey, and above it the alpha or 255. With
+        --alpha_mask its mean over a cell is a factor of the mask. For SDXL also input_ids_2
+        (tokens,) and time_ids (6,).
         """
+        size, cells = self.size, self.latent_shape[1]
+        is_instance = picture < len(self.instances)
         file, prompt = (self.instances + self.classes)[picture]
-        is_instance, size, cells = picture < len(self.instances), self.size, self.latent_shape[1]
-        image, original = self.decoded.get(file) or load_picture(file, 2 * size, self.alpha_mask and is_instance)
-        if is_instance and len(self.decoded) < 64:
-            self.decoded[file] = image, original
+        image, original_size = self.load(file, is_instance)
         if self.hflip and rng.random() < 0.5:
             image = ImageOps.mirror(image)
         if self.center_crop:
-            image, original = ImageOps.fit(image, (min(image.size), min(image.size))), (min(original), min(original))
+            side = min(image.size)
+            # Whole pixels: resampling would blur a sharp edge of the alpha.
+            image = ImageOps.fit(image, (side, side), Image.Resampling.NEAREST)
+            original_size = (min(original_size), min(original_size))
         if is_instance:
             scale = draw_scale(size, rng) if self.aug else size
             pixels, corner, mask = place_instance(image, scale, size, size // cells, rng)
             if image.mode == "RGBX":  # with an alpha
-                alpha = (pixels[..., 3].reshape(cells, size // cells, cells, -1).mean((1, 3)) - 1) / 254  # of 1 to 255
-                masked = mask * alpha.clip(0).astype(np.float32)
+                alpha = pixels[..., 3].reshape(cells, size // cells, cells, size // cells).mean((1, 3))
+                masked = mask * ((alpha - 1) / 254).clip(0).astype(np.float32)  # from 1 to 255
                 mask = masked if masked.any() else mask
             if scale < 0.6 * size:
                 prompt = FAR_PREFIXES[rng.integers(2)] + prompt
             elif scale > size:
                 prompt = CLOSE_PREFIXES[rng.integers(2)] + prompt
         else:
-            (pixels, corner), mask = random_window(image, size, size, rng), np.ones((cells, cells), np.float32)
-        sample = {"pixels": pixels.transpose(2, 0, 1), "mask": mask[None]}
+            pixels, corner = random_window(image, size, size, rng)
+            mask = np.ones((cells, cells), np.float32)
+        example = {"pixels": pixels.transpose(2, 0, 1), "mask": mask[None]}
         tokenizers = self.tokenizers if is_instance else self.class_tokenizers
         for name, tokenizer in zip(("input_ids", "input_ids_2"), tokenizers, strict=False):
-            sample[name] = np.array(tokenizer(prompt, padding="max_length", truncation=True).input_ids, np.int64)
+            ids = tokenizer(prompt, padding="max_length", truncation=True).input_ids
+            example[name] = np.array(ids, np.int64)
         if len(tokenizers) > 1:
-            conditions = (*original[::-1], *corner) if corner else (size, size, 0, 0)
-            sample["time_ids"] = np.array((*conditions, size, size), np.float32)
-        return sample
+            example["time_ids"] = time_ids(original_size, corner, size)
+        return example
+
+    def load(self, file, is_instance):
+        """`load_picture` for this dataset; instance pictures are kept, as far as DECODED_BYTES allow."""
+        if file in self.decoded:
+            return self.decoded[file]
+        # The augmentation asks for at most 1.4 x size, so nothing is ever enlarged.
+        loaded = load_picture(file, 1.4 * self.size, self.alpha_mask and is_instance)
+        image, _ = loaded
+        image_bytes = image.width * image.height * len(image.mode)  # "RGB" or "RGBX"
+        if is_instance and self.decoded_bytes + image_bytes <= DECODED_BYTES:
+            self.decoded[file] = loaded
+            self.decoded_bytes += image_bytes
+        return loaded
 
     def fixed_augmentations(self, rows, each):
-        """Batch for `cache_latents`: augmentation row % each of picture row // each, which depends on (seed, row)."""
-        rngs = [np.random.default_rng((self.seed, 3, row)) for row in rows]
-        return collate_fn([[self.preprocess(row // each, rng)] for row, rng in zip(rows, rngs, strict=True)])
+        """Batch for `cache_latents`: augmentation row % each of picture row // each, by (seed, row)."""
+        examples = []
+        for row in rows:
+            rng = np.random.default_rng((self.seed, 3, row))
+            examples.append([self.preprocess(row // each, rng)])
+        return collate_fn(examples)
 
 
 def collate_fn(draws):
-    """Batch of draws to one dict of tensors: the instance samples first, then the class samples."""
-    samples = [sample for part in zip(*draws, strict=True) for sample in part]
-    rows = {key: [sample[key] for sample in samples if key in sample] for key in samples[0]}
-    batch = {key: torch.from_numpy(np.stack(values)) for key, values in rows.items()}
-    if get_worker_info():  # shared here, where a full /dev/shm is an error: later the batch would be lost in silence
+    """Batch of draws as one dict of tensors: first the instance examples, then the class examples."""
+    instances = [examples[0] for examples in draws]
+    classes = [examples[1] for examples in draws if len(examples) > 1]
+    batch = {}
+    for key in instances[0]:
+        values = [example[key] for example in instances + classes if key in example]
+        batch[key] = torch.from_numpy(np.stack(values))
+    # A worker shares its batch here, where a full /dev/shm is an error: later the batch would be lost in silence.
+    if get_worker_info():
         batch = {key: values.share_memory_() for key, values in batch.items()}
     return batch
 
 
-# ---------- Models, tokens and attention ------------------------------------------------------------------------
+def build_dataloader(args, accelerator, dataset, batch_size, sampler=None, collate_fn=collate_fn):
+    """Collated batches of the dataset's items: those of the sampler, or all in order."""
+    return DataLoader(
+        dataset,
+        batch_size,
+        sampler=sampler,
+        collate_fn=collate_fn,
+        num_workers=args.dataloader_num_workers,
+        worker_init_fn=ignore_signals,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+
+
+def ignore_signals(worker):
+    """Keeps a data-loader worker alive while the main process stops: signals go to the whole group."""
+    # The worker ends when it is told to, or when its parent is gone.
+    for signal_number in STOP_SIGNALS:
+        signal.signal(signal_number, signal.SIG_IGN)
+
+
+# ---------- Tokens, attention and models ------------------------------------------------------------------------
 
 
 class ModifierEmbedding(nn.Module):
-    """Token embedding whose table is frozen and whose new rows, the modifier tokens', are the only parameter trained.
+    """Token embedding with a frozen table, of which only the modifier tokens' new rows are trained.
 
-    The new rows, which start as copies of those of `initializer_ids`, live beside the table: gradient, weight decay and
-    Adam's state concern them alone. The guide's script zeroes all other gradients, and weight decay moves those rows.
+    The new rows, which start as copies of those of `initializer_ids`, live beside the table:
+    gradient, weight decay and Adam's state concern them alone. The guide's script zeroes all other
+    gradients, and weight decay moves those rows.
     """
 
-    def __init__(self, table, token_ids, initializer_ids):
+    def __init__(self, table, word_ids, initializer_ids):
         super().__init__()
         self.table = table
-        self.register_buffer("token_ids", torch.tensor(token_ids), persistent=False)
+        self.register_buffer("word_ids", torch.tensor(word_ids), persistent=False)
         self.rows = nn.Parameter(table.weight[initializer_ids].detach().clone().float())
 
     def forward(self, input_ids):
         """input_ids (batch, tokens) -> embeddings (batch, tokens, dim)."""
-        matches = input_ids[..., None] == self.token_ids
+        matches = input_ids[..., None] == self.word_ids
         is_new = matches.any(-1)
         frozen = self.table(input_ids.masked_fill(is_new, 0))
         new = nn.functional.embedding(matches.int().argmax(-1), self.rows).to(frozen.dtype)
@@ -563,176 +763,248 @@ class ModifierEmbedding(nn.Module):
 
 
 class DenoisingModel(nn.Module):
-    """A pipeline's text encoders and UNet as one, so that DDP, accumulation, autocast and compiler see one forward."""
+    """Text encoders and UNet as one, so that DDP, accumulation, autocast and compiler see one forward."""
 
     def __init__(self, pipeline):
         super().__init__()
-        self.unet, self.text_encoder = pipeline.unet, pipeline.text_encoder
+        self.unet = pipeline.unet
+        self.text_encoder = pipeline.text_encoder
         self.text_encoder_2 = getattr(pipeline, "text_encoder_2", None)  # SDXL's
 
     def forward(self, noisy_latents, timesteps, input_ids, input_ids_2=None, time_ids=None):
-        """(batch, channels, h, w), (batch,), (batch, tokens) -> the UNet's prediction (batch, channels, h, w).
+        """(batch, channels, h, w), (batch,), (batch, tokens) -> prediction (batch, channels, h, w).
 
-        SDXL's UNet sees the last but one layer of both encoders, the pooled output of the second, and time_ids.
+        SDXL's UNet sees the last but one layer of both encoders, the pooled output of the second,
+        and time_ids.
         """
         if input_ids_2 is None:
             return self.unet(noisy_latents, timesteps, self.text_encoder(input_ids)[0]).sample
         first = self.text_encoder(input_ids, output_hidden_states=True)
         second = self.text_encoder_2(input_ids_2, output_hidden_states=True)
         encoder_hidden_states = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1)
-        # pooled where transformers does it, which may be the new word: the configuration decides, for users as well
+        # Transformers pools where the model's configuration says, which may be the new word, for users as well.
         conditions = {"text_embeds": second.text_embeds, "time_ids": time_ids}
         return self.unet(noisy_latents, timesteps, encoder_hidden_states, added_cond_kwargs=conditions).sample
 
 
+class Float32AttentionUNet(UNet2DConditionModel):
+    """A UNet whose cross-attention is loaded in float32, whatever the type of all the rest.
+
+    The trained projections start from these weights. Loading all of the UNet in float32 would take
+    twice the memory.
+    """
+
+    _keep_in_fp32_modules = ["attn2"]
+
+
+def training_dtype(accelerator):
+    """The type that everything frozen has."""
+    return DTYPES.get(accelerator.mixed_precision, torch.float32)
+
+
 def text_parts(pipeline):
     """(tokenizer, text encoder) of a pipeline, or SDXL's two pairs."""
-    endings = ("", "_2") if hasattr(pipeline, "text_encoder_2") else ("",)
-    return [(getattr(pipeline, f"tokenizer{e}"), getattr(pipeline, f"text_encoder{e}")) for e in endings]
+    parts = [(pipeline.tokenizer, pipeline.text_encoder)]
+    if hasattr(pipeline, "text_encoder_2"):
+        parts.append((pipeline.tokenizer_2, pipeline.text_encoder_2))
+    return parts
 
 
 def load_tokenizers(args):
-    """Loads the base model's tokenizer, or SDXL's two; --tokenizer_name replaces the first. First checks the model."""
-    name, subject = args.pretrained_model_name_or_path, "--pretrained_model_name_or_path"
+    """Checks the base model's kind and loads its tokenizer, or SDXL's two.
+
+    --tokenizer_name replaces the first.     Calling this again takes half the time of a deep copy
+    of what it returns.
+    """
+    name = args.pretrained_model_name_or_path
+    model = f"--pretrained_model_name_or_path {name}"
     convert = "StableDiffusionPipeline.from_single_file(file).save_pretrained(folder) makes one of a single file"
-    with failing_as(f"{subject} {name}", f"give a hub id within reach or a folder in diffusers format; {convert}"):
+    with failing_as(model, f"give a hub id within reach or a folder in diffusers format; {convert}"):
         if Path(name).is_dir() and not Path(name, "model_index.json").is_file():
-            raise FileNotFoundError(f"no model_index.json but {', '.join(sorted(os.listdir(name))[:5]) or 'nothing'}")
+            found = ", ".join(sorted(os.listdir(name))[:5])
+            raise FileNotFoundError(f"no model_index.json but {found or 'nothing'}")
         index = DiffusionPipeline.load_config(name, revision=args.revision)
-        *kinds, second = [index.get(part, [None, None])[1] for part in ("unet", "text_encoder", "text_encoder_2")]
-        known = kinds == ["UNet2DConditionModel", "CLIPTextModel"]  # pipelines of distilled models have other names
-        if not known or second not in (None, "CLIPTextModelWithProjection"):
-            fail(f"{subject} {name}", f"a {index['_class_name']}; give a Stable Diffusion 1.x, 2.x or XL")
+    # Pipelines of distilled models have other names, so the parts decide.
+    parts = {part: index.get(part, [None, None])[1] for part in ("unet", "text_encoder", "text_encoder_2")}
+    known = {"unet": "UNet2DConditionModel", "text_encoder": "CLIPTextModel", "text_encoder_2": None}
+    known_xl = known | {"text_encoder_2": "CLIPTextModelWithProjection"}
+    if parts not in (known, known_xl):
+        fail(model, f"a {index['_class_name']}; give a Stable Diffusion 1.x, 2.x or XL")
     tokenizers = []
-    for ending in ("", "_2") if second else ("",):
-        options = {"revision": args.revision, "subfolder": f"text_encoder{ending}"}
-        with failing_as(f"{subject} {name}", "give a complete model"):
-            config = transformers.CLIPTextConfig.from_pretrained(name, **options)
-        source, options["subfolder"] = name, f"tokenizer{ending}"
+    for ending in ("",) if parts == known else ("", "_2"):
+        with failing_as(model, "give a complete model"):
+            subfolder = f"text_encoder{ending}"
+            config = transformers.CLIPTextConfig.from_pretrained(name, subfolder=subfolder, revision=args.revision)
+        source, subject = name, model
+        options = {"revision": args.revision, "subfolder": f"tokenizer{ending}"}
         if args.tokenizer_name and not ending:
-            source, options["subfolder"], subject = args.tokenizer_name, "", "--tokenizer_name"
-        with failing_as(f"{subject} {source}", "give a complete tokenizer"):
+            source, subject = args.tokenizer_name, f"--tokenizer_name {args.tokenizer_name}"
+            options = {}  # --revision is the model's
+        with failing_as(subject, "give a complete tokenizer"):
             tokenizer = transformers.CLIPTokenizer.from_pretrained(source, **options)
-            if tokenizer.unk_token in tokenizer.tokenize("a"):  # what transformers 5 makes of missing files
+            # This is what transformers 5 makes of missing files.
+            if tokenizer.unk_token in tokenizer.tokenize("a"):
                 raise ValueError("the vocabulary of its tokenizer is empty")
-        tokenizer.model_max_length = config.max_position_embeddings  # which a tokenizer's own configuration can lack
+        # A tokenizer's own configuration can lack this.
+        tokenizer.model_max_length = config.max_position_embeddings
         tokenizers.append(tokenizer)
     return tokenizers
 
 
-def load_pipeline(args, tokenizers):
-    """Loads the base model in float32 as a pipeline without a safety checker, which draws with DPM-Solver++."""
+def load_pipeline(args, tokenizers, dtype, unet_class=UNet2DConditionModel):
+    """Loads the base model as a pipeline without a safety checker, which draws with DPM-Solver++.
+
+    The UNet, by far the largest part, is loaded in `dtype`, so that no second copy of it is ever in
+    memory. Text encoders and VAE are in float32.
+    """
     name = args.pretrained_model_name_or_path
     subject = f"--pretrained_model_name_or_path {name}"
-    options = {"revision": args.revision, "variant": args.variant, "feature_extractor": None}
-    options |= dict(zip(("tokenizer", "tokenizer_2"), tokenizers, strict=False))
-    kind, more = diffusers.StableDiffusionXLPipeline, {"image_encoder": None, "add_watermarker": False}
-    if len(tokenizers) == 1:  # what is not needed is not asked for
-        kind, more = diffusers.StableDiffusionPipeline, {"safety_checker": None, "requires_safety_checker": False}
+    source = {"revision": args.revision, "variant": args.variant}
+    parts = {"scheduler": None, "feature_extractor": None, "tokenizer": tokenizers[0]}
+    if len(tokenizers) > 1:
+        pipeline_class = diffusers.StableDiffusionXLPipeline
+        parts |= {"tokenizer_2": tokenizers[1], "image_encoder": None, "add_watermarker": False}
+    else:  # what is not needed is not asked for
+        pipeline_class = diffusers.StableDiffusionPipeline
+        parts |= {"safety_checker": None, "requires_safety_checker": False}
     with failing_as(subject, "give a complete model, and --variant fp16 if its weight files are named so"):
         config = DDPMScheduler.load_config(name, subfolder="scheduler", revision=args.revision)
-        pipeline = kind.from_pretrained(name, **options, **more, scheduler=None)
-    # what the model was trained with: its scheduler's other settings may fit no other, and its class want a package
+        parts["unet"] = unet_class.from_pretrained(name, subfolder="unet", torch_dtype=dtype, **source)
+        pipeline = pipeline_class.from_pretrained(name, torch_dtype=torch.float32, **source, **parts)
+    # Keep only the noise schedule. Other settings belong to one sampler, and some samplers need extra packages.
     settings = {key: value for key, value in config.items() if key in SCHEDULER_SETTINGS}
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(settings)
-    unet, vae, factor = pipeline.unet.config, pipeline.vae.config, pipeline.vae_scale_factor
-    if unet.in_channels != vae.latent_channels:  # for inpainting, for example
-        fail(subject, f"its UNet takes {unet.in_channels} channels, its VAE has {vae.latent_channels}; give another")
+    channels, latent_channels = pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels
+    if channels != latent_channels:  # for inpainting, for example
+        fail(subject, f"its UNet takes {channels} channels, its VAE has {latent_channels}; give another")
     if config.get("_class_name", "").startswith("EDM"):
         fail(subject, "trained in the EDM formulation; give one that predicts noise or velocity")
-    kind = pipeline.scheduler.config.prediction_type
-    if kind not in ("epsilon", "v_prediction"):
-        fail(subject, f"its scheduler's prediction_type is {kind!r}, neither 'epsilon' nor 'v_prediction'")
+    predicted = pipeline.scheduler.config.prediction_type
+    if predicted not in ("epsilon", "v_prediction"):
+        fail(subject, f"its scheduler's prediction_type is {predicted!r}, neither 'epsilon' nor 'v_prediction'")
+    factor = pipeline.vae_scale_factor
     if args.resolution % factor:
         multiple = math.ceil(args.resolution / factor) * factor
         fail(f"--resolution {args.resolution}", f"not a multiple of {factor}, as the VAE wants it; try {multiple}")
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(torch.float32)
+    return pipeline
 
 
-def add_modifier_tokens(tokenizer, args):
+def add_words(tokenizer, args):
     """Adds the modifier tokens to the tokenizer; returns their ids and their initializers' ids."""
-    tokens, is_default = modifier_tokens(args), args.initializer_token == DEFAULT_INITIALIZERS
-    vocabulary, initializer_ids = tokenizer.get_vocab(), []
-    for word in args.initializer_token.split("+")[: len(tokens)]:
-        pieces = tokenizer.tokenize(word)
-        if word in vocabulary and (is_default or len(pieces) > 1):  # a word-internal piece, as the defaults are
-            pieces = [word]
+    words = modifier_tokens(args)
+    is_default = args.initializer_token == DEFAULT_INITIALIZERS
+    vocabulary = tokenizer.get_vocab()
+    initializer_ids = []
+    for initializer in args.initializer_token.split("+")[: len(words)]:
+        pieces = tokenizer.tokenize(initializer)
+        if initializer in vocabulary and (is_default or len(pieces) > 1):
+            pieces = [initializer]  # a word-internal piece, as the defaults are
         elif is_default:  # of a small test model's tokenizer, which lacks it
             pieces = pieces[:1]
         if len(pieces) != 1:
-            fail(f"--initializer_token {word!r}", f"not one token but {pieces}; give a word that is one")
+            fail(f"--initializer_token {initializer!r}", f"not one token but {pieces}; give a word that is one")
         initializer_ids.append(vocabulary[pieces[0]])
-    names = {*vocabulary, *tokens}
-    for token in tokens:
-        if token in vocabulary or f"{token}</w>" in vocabulary:
-            fail(f"--modifier_token {token!r}", "already in the tokenizer's vocabulary; choose another, as '<new1>'")
-        if f"{token}_1" in names or token.removesuffix("_1") in names - {token}:
-            fail(f"--modifier_token {token!r}", "diffusers reads X_1 as the second vector of X; choose another word")
-        tokenizer.add_tokens(transformers.AddedToken(token, normalized=False))  # matched as typed, capitals included
-    return tokenizer.convert_tokens_to_ids(tokens), initializer_ids
+    names = {*vocabulary, *words}
+    for word in words:
+        lower = word.lower()  # as diffusers' loader of embeddings matches it
+        if {word, f"{word}</w>", lower, f"{lower}</w>"} & vocabulary.keys():
+            fail(f"--modifier_token {word!r}", "already in the tokenizer's vocabulary; choose another, as '<new1>'")
+        if f"{word}_1" in names or word.removesuffix("_1") in names - {word}:
+            fail(f"--modifier_token {word!r}", "diffusers reads X_1 as the second vector of X; choose another word")
+        # The word is matched as typed, capitals included.
+        tokenizer.add_tokens(transformers.AddedToken(word, normalized=False))
+    return tokenizer.convert_tokens_to_ids(words), initializer_ids
 
 
-def check_instance_prompts(tokenizer, concepts, args):
-    """Fails if the tokenizer would cut an instance prompt, or does not find the modifier tokens in the prompts."""
-    tokens, limit, trained = modifier_tokens(args), tokenizer.model_max_length, set()
-    prompts = {file.with_suffix(".txt"): prompt for c in concepts for file, prompt in c.instance_images}
-    for source, prompt in [("instance_prompt", c.instance_prompt) for c in concepts] + list(prompts.items()):
-        longest = prompt if args.noaug else FAR_PREFIXES[0] + prompt
+def check_prompts(tokenizer, concepts, words, is_prefixed):
+    """Fails if a prompt is cut or lacks a word, or if a word would be found elsewhere after the training."""
+    sources = {concept.instance_prompt: "instance_prompt" for concept in concepts}
+    unused = set(words)
+    for concept in concepts:
+        for file, caption in concept.instance_samples:
+            sources.setdefault(caption, file.with_suffix(".txt"))
+            unused -= set(tokenizer.convert_ids_to_tokens(tokenizer(caption).input_ids))
+    for prompt, source in sources.items():
+        longest = FAR_PREFIXES[0] + prompt if is_prefixed else prompt
         found = tokenizer.convert_ids_to_tokens(tokenizer(longest).input_ids)
+        limit = tokenizer.model_max_length
         if len(found) > limit:
             fail(f"{source} {longest!r}", f"{len(found)} tokens; shorten it to {limit}, which the model reads")
-        if tokens and not set(tokens) & set(found):
-            fail(f"{source} {prompt!r}", f"none of {tokens} found in it; add one, set apart")
-        trained.update(found if prompt in prompts.values() else ())
-    for token in set(tokens) - trained:
-        fail(f"--modifier_token {token!r}", "in no instance prompt, so it would learn nothing; use or drop it")
+        if words and not set(words) & set(found):
+            fail(f"{source} {prompt!r}", f"none of {words} found in it; add one, set apart")
+        for word in words:
+            # The trainer matches capitals, diffusers' loader does not.
+            if prompt.lower().count(word.lower()) != prompt.count(word):
+                problem = f"diffusers would find {word} in it, in other capitals"
+                fail(f"{source} {prompt!r}", f"{problem}; write it alike, or choose another word")
+    for word in words:
+        if word in unused:
+            fail(f"--modifier_token {word!r}", "in no instance prompt, so it would learn nothing; use or drop it")
+        for concept in concepts:
+            if word.lower() in (concept.class_prompt or "").lower():
+                problem = f"{word} is in it, and class pictures show what the word is not"
+                fail(f"class_prompt {concept.class_prompt!r}", f"{problem}; leave it out, or choose another word")
 
 
-def add_attention_processors(unet, freeze_model, use_xformers=False):
-    """Gives every cross-attention layer (attn2) trainable projections: copies of its own weights, whose shapes vary."""
+def custom_diffusion_processors(unet, freeze_model, use_xformers=False):
+    """Attention processors by layer; the cross-attention's (attn2) have trainable copies of its weights.
+
+    They are float32; their shapes follow from the weights, so any UNet works. In Stable Diffusion
+    1.x the 16 layers of cross-attention have 32 keys and values, 19.2 million numbers (paper,
+    section 3.1: 5 % of the model).
+    """
     train_q_out = freeze_model == "crossattn"
-    kind = "CustomDiffusionXFormersAttnProcessor" if use_xformers else "CustomDiffusionAttnProcessor2_0"
-    processor_class = getattr(attention_processor, kind)
+    projections = ("to_k", "to_v", "to_q", "to_out") if train_q_out else ("to_k", "to_v")
+    name = "CustomDiffusionXFormersAttnProcessor" if use_xformers else "CustomDiffusionAttnProcessor2_0"
+    processor_class = getattr(attention_processor, name)
     processors = dict(unet.attn_processors)
-    for name in (name for name in processors if name.endswith("attn2.processor")):
-        attention = unet.get_submodule(name.removesuffix(".processor"))
-        # with the sizes hidden_size and cross_attention_dim
-        processor = processor_class(True, train_q_out, *attention.to_k.weight.shape)
-        for projection in ("to_k", "to_v", "to_q", "to_out") if train_q_out else ("to_k", "to_v"):
+    for key in unet.attn_processors:
+        layer = key.removesuffix(".processor")
+        if not layer.endswith("attn2"):
+            continue
+        attention = unet.get_submodule(layer)
+        hidden_size, cross_attention_dim = attention.to_k.weight.shape
+        processor = processor_class(True, train_q_out, hidden_size, cross_attention_dim)
+        for projection in projections:
             own_weights = getattr(attention, projection).state_dict()
             getattr(processor, f"{projection}_custom_diffusion").load_state_dict(own_weights)
-        processors[name] = processor
-    unet.set_attn_processor(processors)
+        processors[key] = processor
+    return processors
 
 
-def build_models(args, accelerator, pipeline, tokens):
-    """Makes the pipeline's networks ready to train; returns text encoders and UNet as one `DenoisingModel`.
+def build_models(args, accelerator, pipeline, word_ids, initializer_ids):
+    """Makes the networks ready to train; returns text encoders and UNet as one `DenoisingModel`.
 
-    Everything is frozen but the cross-attention's new projections and the embeddings' new rows, which stay float32.
-    `tokens` has what `add_modifier_tokens` returned for each tokenizer.
+    Everything is frozen but the cross-attention's new projections and the embeddings' new rows,
+    which stay float32. `word_ids` and `initializer_ids` have a list for each text encoder. Networks
+    are cast and moved in place.
     """
-    unet, vae, text_encoders = pipeline.unet, pipeline.vae, [encoder for _, encoder in text_parts(pipeline)]
+    unet, vae = pipeline.unet, pipeline.vae
+    text_encoders = [text_encoder for _, text_encoder in text_parts(pipeline)]
+    dtype = training_dtype(accelerator)
+    use_xformers = args.enable_xformers_memory_efficient_attention
     for network in (*text_encoders, unet, vae):
         network.requires_grad_(False)
-    for text_encoder, (token_ids, initializer_ids) in zip(text_encoders, tokens, strict=True):
-        if token_ids:
-            table = text_encoder.get_input_embeddings()
-            text_encoder.set_input_embeddings(ModifierEmbedding(table, token_ids, initializer_ids))
-    if args.enable_xformers_memory_efficient_attention:
+    if use_xformers:
         unet.enable_xformers_memory_efficient_attention()  # the self-attention
-    add_attention_processors(unet, args.freeze_model, args.enable_xformers_memory_efficient_attention)
+    # important: what is trained is made of float32 weights, before the frozen networks are cast.
+    processors = custom_diffusion_processors(unet, args.freeze_model, use_xformers)
+    unet.to(dtype).set_attn_processor(processors)
+    for text_encoder, ids, start_ids in zip(text_encoders, word_ids, initializer_ids, strict=True):
+        if not ids:
+            text_encoder.to(dtype)
+            continue
+        embedding = ModifierEmbedding(text_encoder.get_input_embeddings(), ids, start_ids)
+        text_encoder.to(dtype).set_input_embeddings(embedding)
+    # SDXL's VAE overflows in fp16.
+    is_vae_float = len(text_encoders) > 1 and dtype == torch.float16 and vae.config.force_upcast
+    vae.to(torch.float32 if is_vae_float else dtype)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
         for text_encoder in text_encoders:
             text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
-    model = DenoisingModel(pipeline).train()
-    for tensor in (*model.parameters(), *model.buffers(), *vae.parameters()):
-        if tensor.is_floating_point() and not tensor.requires_grad:
-            tensor.data = tensor.data.to(DTYPES.get(accelerator.mixed_precision, torch.float32))
-    if len(text_encoders) > 1 and accelerator.mixed_precision == "fp16" and vae.config.force_upcast:
-        vae.float()  # SDXL's overflows in fp16
-    model.to(accelerator.device)
+    model = DenoisingModel(pipeline).train().to(accelerator.device)
     if args.channels_last:
         unet.to(memory_format=torch.channels_last)
     vae.to(accelerator.device, memory_format=torch.channels_last)  # what its convolutions like best
@@ -741,19 +1013,14 @@ def build_models(args, accelerator, pipeline, tokens):
     return model
 
 
-def attention_state_dict(unet):
-    """Trained attention weights, float32 on the CPU, with diffusers' keys: `<layer>.processor.<projection>.weight`."""
-    state = {}
-    for name, processor in unet.attn_processors.items():
-        for key, value in processor.state_dict().items() if isinstance(processor, nn.Module) else ():
-            state[f"{name}.{key}"] = value.detach().float().cpu().contiguous()
-    return state
+# ---------- Class pictures --------------------------------------------------------------------------------------
 
 
 class PromptDataset(list):
-    """Prompts for generating the missing class pictures, each with the seed of its noise and the file it goes to.
+    """Prompts for the missing class pictures, each with the seed of its noise and the file it goes to.
 
-    Both follow from the picture's number: processes can share the work, and an interrupted generation goes on.
+    Both follow from the picture's number: processes can share the work, and an interrupted
+    generation goes on.
     """
 
     def __init__(self, concepts, num_class_images, seed):
@@ -761,24 +1028,28 @@ class PromptDataset(list):
         for index, concept in enumerate(concepts):
             files = [concept.class_data_dir / f"generated-{i:05d}.png" for i in range(num_class_images)]
             numbers = [i for i, file in enumerate(files) if not file.exists()]
-            for i in numbers[: num_class_images - len(concept.class_images)]:
-                noise = int(np.random.SeedSequence((seed, 2, index, i)).generate_state(1)[0])
-                missing.setdefault(files[i], (concept.class_prompt, noise, files[i]))
+            for i in numbers[: num_class_images - len(concept.class_samples)]:
+                noise_seed = int(np.random.SeedSequence((seed, 2, index, i)).generate_state(1)[0])
+                missing.setdefault(files[i], (concept.class_prompt, noise_seed, files[i]))
         super().__init__(missing.values())
 
 
 def generate_class_images(args, accelerator, concepts):
     """Fills every class folder up to num_class_images with pictures of the plain base model."""
+    if not args.with_prior_preservation or args.real_prior:
+        return
     dataset = PromptDataset(concepts, args.num_class_images, args.seed)
     accelerator.wait_for_everyone()  # all have listed the folders before anyone writes
     if not dataset:
         return
-    precision = args.prior_generation_precision or ("fp16" if accelerator.device.type == "cuda" else "no")
-    pipeline = load_pipeline(args, load_tokenizers(args)).to(accelerator.device, DTYPES.get(precision, torch.float32))
-    share = range(accelerator.process_index, len(dataset), accelerator.num_processes)
-    loader = DataLoader(dataset, args.sample_batch_size, sampler=share, collate_fn=list)
-    for batch in tqdm(loader, desc="class pictures", disable=not accelerator.is_main_process):
-        prompts, seeds, files = zip(*batch, strict=True)
+    default = "fp16" if accelerator.device.type == "cuda" else "no"
+    dtype = DTYPES.get(args.prior_generation_precision or default, torch.float32)
+    pipeline = load_pipeline(args, load_tokenizers(args), dtype).to(accelerator.device, dtype)
+    pipeline.vae.enable_slicing()  # decoded one at a time: pictures are what takes memory
+    share = dataset[accelerator.process_index :: accelerator.num_processes]
+    starts = range(0, len(share), args.sample_batch_size)
+    for start in tqdm(starts, desc="class pictures", disable=not accelerator.is_main_process):
+        prompts, seeds, files = zip(*share[start : start + args.sample_batch_size], strict=True)
         noises = [torch.Generator().manual_seed(seed) for seed in seeds]
         images = pipeline(list(prompts), generator=noises, height=args.resolution, width=args.resolution).images
         for image, file in zip(images, files, strict=True):
@@ -788,204 +1059,55 @@ def generate_class_images(args, accelerator, concepts):
         read_class_images(concept, args)
 
 
-# ---------- Training --------------------------------------------------------------------------------------------
-
-
-def start_accelerator(args):
-    """Quiets the libraries and returns the accelerator, with device, precision and trackers chosen."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the data loader forks
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", module="accelerate|diffusers|huggingface_hub|transformers")  # of each other
-    warnings.filterwarnings("ignore", "Detected call of `lr_scheduler")  # when a run is resumed
-    for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("true", "1", "yes", "on"):
-            fail(f"ACCELERATE_USE_{name}", "a process cannot save the weights then; run `accelerate config default`")
-    accelerate.state.AcceleratorState._reset_state()  # in a notebook the previous run's precision would stay in force
-    accelerator = accelerate.Accelerator(
-        cpu=not torch.accelerator.is_available(),  # otherwise accelerate ignores torchrun's processes on a CPU
-        gradient_accumulation_plugin=GradientAccumulationPlugin(args.gradient_accumulation_steps),  # not a variable's
-        mixed_precision=args.mixed_precision,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_dir=os.path.join(args.output_dir, args.logging_dir),
-        # the others wait for the main process while it generates pictures or uploads
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))],
-        dataloader_config=DataLoaderConfiguration(non_blocking=True),
-    )
-    precision, device = accelerator.mixed_precision, accelerator.device.type
-    supported = ("no", "bf16") if device == "cpu" else ("no", "fp16", "bf16")
-    if precision not in supported:
-        fail(f"--mixed_precision {precision}", f"not supported on this {device}; give {' or '.join(supported)}")
-    if args.report_to != "none" and not accelerator.log_with:  # accelerate leaves out what is not installed
-        fail("--report_to", f"the package {args.report_to} is not installed; `pip install {args.report_to}`")
-    packages = {"enable_xformers_memory_efficient_attention": "xformers", "use_8bit_adam": "bitsandbytes"}
-    for name, package in packages.items():
-        if getattr(args, name) and not (importlib.util.find_spec(package) and device == "cuda"):
-            fail(f"--{name}", f"needs a CUDA GPU and the package {package}; `pip install {package}`, or leave it out")
-    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-    return accelerator
-
-
-def build_optimizer(args, parameters, samples_per_step):
-    """AdamW (torch's or bitsandbytes') over what is trained, with --scale_lr applied."""
-    scale = samples_per_step * (2 if args.with_prior_preservation else 1) if args.scale_lr else 1
-    settings = {"lr": args.learning_rate * scale, "betas": (args.adam_beta1, args.adam_beta2)}
-    settings |= {"weight_decay": args.adam_weight_decay, "eps": args.adam_epsilon}
-    if args.use_8bit_adam:
-        return importlib.import_module("bitsandbytes").optim.AdamW8bit(parameters, **settings)
-    return torch.optim.AdamW(parameters, fused=True, **settings)
-
-
-def build_dataloader(args, accelerator, dataset, batch_size, sampler=None, collate_fn=collate_fn):
-    """Collated batches of the dataset's items: those of the sampler, or all in order."""
-    more = {"collate_fn": collate_fn, "worker_init_fn": ignore_signals, "num_workers": args.dataloader_num_workers}
-    return DataLoader(dataset, batch_size, sampler=sampler, pin_memory=accelerator.device.type == "cuda", **more)
-
-
-def ignore_signals(worker):
-    """Lets a data-loader worker live on while the main process stops: signals often go to the whole group."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)  # the worker ends when it is told to, or when its parent is gone
-
-
-def cache_latents(args, accelerator, dataset, vae):
-    """Encodes --cache_latents augmentations of every picture, for the dataset's `cache`; the VAE then moves out."""
-    rows, parts = range(len(dataset.instances + dataset.classes) * args.cache_latents), []
-    augment = functools.partial(dataset.fixed_augmentations, each=args.cache_latents)
-    loader = accelerator.prepare(build_dataloader(args, accelerator, rows, args.sample_batch_size, collate_fn=augment))
-    for batch in tqdm(loader, desc="latents", disable=not accelerator.is_main_process):
-        batch["mean"], batch["std"] = encode(vae, batch.pop("pixels"))
-        parts.append({key: values.cpu().numpy() for key, values in accelerator.gather_for_metrics(batch).items()})
-    vae.to("cpu")
-    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-
-
-@contextlib.contextmanager
-def delayed_signals():
-    """Gives a list that stop signals (preemption, Ctrl-C, a closed window) are added to; a second one ends the run."""
-    received, handlers = [], {}
-
-    def note(number, frame):
-        received.append(number)
-        signal.signal(number, handlers[number])
-
-    with contextlib.suppress(ValueError):  # Python handles signals in the main thread only
-        for number in STOP_SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets for SIGHUP
-                handlers[number] = signal.signal(number, note)
-    try:
-        yield received
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def one_line_errors(main):
-    """Decorator: what goes wrong in the machine, not in the program, ends with one line that says what to do."""
-
-    @functools.wraps(main)
-    def wrapper(args):
-        try:
-            status = main(args)
-        except BaseException as error:
-            # frees what the frames hold: workers, which Python would wait for, and models, which a notebook would keep
-            traceback.clear_frames(error.__traceback__)
-            status, said = None, f"{error} {error.__cause__}" if isinstance(error, RuntimeError) else ""
-            for text in filter(said.__contains__, REMEDIES):
-                status = f"error: {text}: {REMEDIES[text]}"
-            if isinstance(error, OSError) and (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT)):
-                remedy = "check its name, permissions and disk; --resume_from_checkpoint latest goes on then"
-                status = f"error: {error.filename or args.output_dir}: {error.strerror}; {remedy}"
-            if not status:
-                raise
-        if status:  # the number of a signal, or a line
-            raise SystemExit(status)
-
-    return wrapper
-
-
-def check_compiled(accelerator, model, vae, noise_scheduler, batch, parameters):
-    """Fails if the compiled model leaves parameters without gradients, which a compiler was seen to do silently."""
-    batch = {key: values.to(accelerator.device) for key, values in batch.items()}
-    with failing_as("--dynamo_backend", "this model cannot be compiled here; leave it out"), accelerator.no_sync(model):
-        loss = diffusion_loss(model, vae, noise_scheduler, batch, prior_loss_weight=1)
-        gradients = torch.autograd.grad(1024 * loss, parameters)  # so that fp16 holds small ones
-        if not all(gradient.any() for gradient in gradients):
-            raise RuntimeError(f"torch {torch.__version__} makes gradients of zero")
+# ---------- The step --------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def encode(vae, pixels):
-    """RGBX (batch, 4, S, S), uint8 -> mean and std of the VAE's posterior, (batch, channels, h, w)."""
-    pixel_values = torch.where(pixels[:, 3:] > 0, pixels[:, :3] / 127.5 - 1, 0)  # mid-grey where the canvas is empty
+    """RGBX (batch, 4, S, S), uint8 -> mean and std of the VAE's posterior, (batch, channels, h, w).
+
+    The VAE has its own precision, which is float32 for SDXL's in fp16: this runs outside autocast.
+    """
+    # The empty canvas becomes mid-grey.
+    pixel_values = torch.where(pixels[:, 3:] > 0, pixels[:, :3] / 127.5 - 1, 0)
     posterior = vae.encode(pixel_values.to(vae.dtype)).latent_dist
-    # contiguous, as everything else in a batch: the order in memory decides the last bits of sums
+    # Contiguous, as everything else in a batch: the order in memory decides the last bits of sums.
     return tuple(values.float().contiguous() for values in (posterior.mean, posterior.std))
 
 
-def diffusion_loss(model, vae, noise_scheduler, batch, prior_loss_weight):
-    """Loss of one micro-batch, a scalar.
-
-    Instance part: per sample, the squared error summed over the mask divided by the mask's sum; mean over samples.
-    Prior part: plain mean of the squared error, times prior_loss_weight. One pass through the networks for both.
-    """
-    noise, timesteps, mask = batch["noise"], batch["timesteps"], batch["mask"]
-    with torch.no_grad():
-        mean, std = encode(vae, batch["pixels"]) if "pixels" in batch else (batch["mean"], batch["std"])
-        latents = (mean + std * batch["posterior_noise"]) * vae.config.scaling_factor
-        noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
-    conditions = [batch[name] for name in ("input_ids", "input_ids_2", "time_ids") if name in batch]
-    prediction = model(noisy_latents, timesteps, *conditions).float()
-    is_velocity = noise_scheduler.config.prediction_type == "v_prediction"
-    target = noise_scheduler.get_velocity(latents, noise, timesteps) if is_velocity else noise
-
-    error = nn.functional.mse_loss(prediction, target, reduction="none")
-    instance_error, class_error = error[: len(mask)], error[len(mask) :]
-    loss = ((instance_error * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3))).mean()
-    if len(class_error):
-        loss = loss + prior_loss_weight * class_error.mean()
-    return loss
+@torch.no_grad()
+def decode(pipeline, latents):
+    """Latents (batch, channels, h, w) to pictures, one at a time: pictures are what takes memory."""
+    vae = pipeline.vae
+    latents = latents.to(vae.dtype) / vae.config.scaling_factor
+    decoded = torch.cat([vae.decode(part).sample for part in latents.split(1)])
+    return pipeline.image_processor.postprocess(decoded)
 
 
-def training_step(accelerator, model, vae, noise_scheduler, optimizer, batch, args):
-    """One micro-batch; every gradient_accumulation_steps-th one moves the weights. Returns the loss, on the device."""
-    with accelerator.accumulate(model):
-        loss = diffusion_loss(model, vae, noise_scheduler, batch, args.prior_loss_weight)
-        accelerator.backward(loss)
-        if accelerator.sync_gradients and args.max_grad_norm:
-            accelerator.clip_grad_norm_(optimizer.param_groups[0]["params"], args.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=args.set_grads_to_none)
-    return loss.detach()
+def cache_latents(args, accelerator, dataset, vae):
+    """Encodes --cache_latents augmentations of every picture for the dataset; the VAE then moves out."""
+    rows = range(len(dataset.instances + dataset.classes) * args.cache_latents)
+    augment = functools.partial(dataset.fixed_augmentations, each=args.cache_latents)
+    loader = accelerator.prepare(build_dataloader(args, accelerator, rows, args.sample_batch_size, collate_fn=augment))
+    parts = []
+    for batch in tqdm(loader, desc="latents", disable=not accelerator.is_main_process):
+        batch["mean"], batch["std"] = encode(vae, batch.pop("pixels"))
+        gathered = accelerator.gather_for_metrics(batch)
+        parts.append({key: values.cpu().numpy() for key, values in gathered.items()})
+    vae.to("cpu")
+    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
 
-@one_line_errors
-def main(args):
-    """Trains the concepts that `args` (from `parse_args`) describe and leaves the result in args.output_dir."""
-    # Setup concepts, tokens and class pictures
-    concepts = read_concepts(args)
-    accelerator = start_accelerator(args)
-    tokenizers = load_tokenizers(args)
-    tokens = [add_modifier_tokens(tokenizer, args) for tokenizer in tokenizers]
-    check_instance_prompts(tokenizers[0], concepts, args)
-    if args.with_prior_preservation and not args.real_prior:
-        generate_class_images(args, accelerator, concepts)
-
-    # Setup models; the pipeline draws the validation pictures with the networks that are being trained
-    pipeline = load_pipeline(args, tokenizers)
-    vae, noise_scheduler = pipeline.vae, DDPMScheduler.from_config(pipeline.scheduler.config)
-    model = build_models(args, accelerator, pipeline, tokens)
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-    # Setup data, optimizer and schedule
+def build_dataset(args, accelerator, pipeline, concepts, base_tokenizers):
+    """The dataset of a run, whose latents are cached with --cache_latents."""
+    size = args.resolution // pipeline.vae_scale_factor
     dataset = CustomDiffusionDataset(
         concepts,
-        tokenizers,
-        load_tokenizers(args),
+        [tokenizer for tokenizer, _ in text_parts(pipeline)],
+        base_tokenizers,
         size=args.resolution,
-        latent_shape=(vae.config.latent_channels, *[args.resolution // pipeline.vae_scale_factor] * 2),
-        num_train_timesteps=noise_scheduler.config.num_train_timesteps,
+        latent_shape=(pipeline.vae.config.latent_channels, size, size),
+        num_train_timesteps=pipeline.scheduler.config.num_train_timesteps,
         seed=args.seed,
         center_crop=args.center_crop,
         hflip=args.hflip,
@@ -993,427 +1115,334 @@ def main(args):
         aug=not args.noaug,
     )
     if args.cache_latents:
-        dataset = dataclasses.replace(dataset, cache=cache_latents(args, accelerator, dataset, vae))
-    samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    max_train_steps = args.max_train_steps or args.num_train_epochs * math.ceil(dataset.epoch_length / samples_per_step)
-    optimizer = build_optimizer(args, trained.values(), samples_per_step)
-    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, None, args.lr_warmup_steps, max_train_steps)
-    checkpoints = Checkpoints(args, accelerator, pipeline, optimizer, lr_scheduler, concepts, samples_per_step)
-    step = checkpoints.resume() if args.resume_from_checkpoint else 0
-    draws = range(step * samples_per_step, max_train_steps * samples_per_step)
-    dataloader = build_dataloader(args, accelerator, dataset, args.train_batch_size, draws)
-    model, optimizer, dataloader = accelerator.prepare(model, optimizer, dataloader)
-    if accelerator.state.dynamo_plugin.backend.value != "NO":
-        batch = collate_fn([dataset[i] for i in range(args.train_batch_size)])  # of another size it would recompile
-        check_compiled(accelerator, model, vae, noise_scheduler, batch, list(trained.values()))
-    repository = start_reporting(args, accelerator)
-    if accelerator.is_main_process:
-        checkpoints.claim_folder()
-    starts = [token.removesuffix("</w>") for token in tokenizers[0].convert_ids_to_tokens(tokens[0][1])]
-    print_summary(accelerator, args, concepts, trained, starts, max_train_steps, samples_per_step)
-    if len(tokenizers) > 1 and args.resolution < 1024:
-        accelerator.print("  Stable Diffusion XL is made for --resolution 1024")
+        cache = cache_latents(args, accelerator, dataset, pipeline.vae)
+        dataset = dataclasses.replace(dataset, cache=cache)
+    return dataset
 
-    # Train: one optimizer step per gradient_accumulation_steps micro-batches
-    if step == 0 and accelerator.is_main_process:
-        validate(args, accelerator, pipeline, step)
-    progress = tqdm(total=max_train_steps, initial=step, desc="steps", disable=not accelerator.is_main_process)
-    step_loss, stopped = 0.0, False
-    with delayed_signals() as signals, progress:
-        for batch in dataloader if step < max_train_steps else ():
-            loss = training_step(accelerator, model, vae, noise_scheduler, optimizer, batch, args)
-            step_loss = step_loss + loss / args.gradient_accumulation_steps
-            if not accelerator.sync_gradients:
+
+def diffusion_loss(model, vae, noise_scheduler, batch, prior_loss_weight):
+    """Loss of one micro-batch, a scalar (paper, sections 3.1 and 3.2).
+
+    The batch has B instance examples, then as many class examples with prior preservation: pixels
+    (2B, 4, S, S) or mean and std (2B, channels, h, w); posterior_noise and noise (2B, channels, h,
+    w); timesteps (2B,); input_ids (2B, tokens), for SDXL also input_ids_2 and time_ids (2B, 6);
+    mask (B, 1, h, w).
+    """
+    noise, timesteps, mask = batch["noise"], batch["timesteps"], batch["mask"]
+    with torch.no_grad():
+        # Convert images to latent space
+        mean, std = encode(vae, batch["pixels"]) if "pixels" in batch else (batch["mean"], batch["std"])
+        latents = (mean + std * batch["posterior_noise"]) * vae.config.scaling_factor
+        # Add noise to the latents, as much as the timesteps say
+        noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
+
+    # Get the text embeddings and predict; instances and classes go through the networks in one pass
+    conditions = [batch[name] for name in ("input_ids", "input_ids_2", "time_ids") if name in batch]
+    prediction = model(noisy_latents, timesteps, *conditions).float()
+
+    # Get the target, which depends on the prediction type
+    if noise_scheduler.config.prediction_type == "v_prediction":
+        target = noise_scheduler.get_velocity(latents, noise, timesteps)
+    else:
+        target = noise
+    error = nn.functional.mse_loss(prediction, target, reduction="none")
+    instance_error, class_error = error[: len(mask)], error[len(mask) :]
+
+    # Instance loss: per example, the error summed over the mask, divided by the mask's sum; mean over examples
+    loss = ((instance_error * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3))).mean()
+    # Prior loss: plain mean
+    if len(class_error):
+        loss = loss + prior_loss_weight * class_error.mean()
+    return loss
+
+
+# ---------- The result ------------------------------------------------------------------------------------------
+
+
+def trained_attention(unet):
+    """Trained attention weights with diffusers' keys: `<layer>.processor.<projection>.weight`."""
+    state = {}
+    for name, processor in unet.attn_processors.items():
+        if isinstance(processor, nn.Module):
+            for key, value in processor.state_dict().items():
+                state[f"{name}.{key}"] = value.detach()
+    return state
+
+
+def attention_state_dict(unet):
+    """`trained_attention` as files hold it: float32 on the CPU."""
+    return {key: value.float().cpu().contiguous() for key, value in trained_attention(unet).items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """The files of a run: where they are, what words they teach, and the record of the settings.
+
+    A file of weights and one for each word, as .bin and, unless told otherwise, as .safetensors
+    with the record.
+    """
+
+    folder: Path
+    words: list
+    is_xl: bool
+    settings: dict
+    safe: bool = True  # whether there are .safetensors
+
+    def file(self, stem=WEIGHTS_NAME):
+        """Name of the file that a word, or else the weights, are to be loaded from."""
+        return f"{stem}.safetensors" if self.safe else f"{stem}.bin"
+
+    def tables(self, pipeline):
+        """What is trained, by the files' stems and with diffusers' keys; float32 on the CPU."""
+        tables = {WEIGHTS_NAME: attention_state_dict(pipeline.unet)}
+        for i, word in enumerate(self.words):
+            embeddings = [text_encoder.get_input_embeddings() for _, text_encoder in text_parts(pipeline)]
+            rows = [embedding.rows[i].detach().cpu().clone() for embedding in embeddings]
+            if self.is_xl:  # names and shapes are those that other tools read
+                tables[word] = {name: row[None] for name, row in zip(XL_NAMES, rows, strict=True)}
+            else:
+                tables[word] = {word: rows[0]}
+        return tables
+
+    def save(self, pipeline, folder=None):
+        """Writes what is trained, as diffusers reads it, to the result's folder or to another."""
+        folder = folder or self.folder
+        tables = self.tables(pipeline)
+        if not all(values.isfinite().all() for table in tables.values() for values in table.values()):
+            problem = "not written, as the weights are not finite; lower --learning_rate, or take another base model"
+            fail(folder, problem)
+        # diffusers' loader wants an entry for every attention layer.
+        untrained = sorted(key for key in pipeline.unet.attn_processors if not key.endswith("attn2.processor"))
+        for stem, table in tables.items():
+            empty = untrained if stem == WEIGHTS_NAME else []
+            write_file(folder / f"{stem}.bin", to_bytes(torch.save, table | {key: {} for key in empty}))
+            if self.safe:
+                # One entry, as of several the order, and so the bytes, would vary.
+                metadata = {"settings": json.dumps(self.settings)}
+                content = serialize(table | {key: torch.empty(0) for key in empty}, metadata)
+                write_file(folder / f"{stem}.safetensors", content)
+
+    def read(self, stem, folder=None, safe=False):
+        """Reads a table back, from .bin or .safetensors, without the empty entries."""
+        folder = folder or self.folder
+        if safe:
+            table = load_file(folder / f"{stem}.safetensors")
+        else:
+            table = torch.load(folder / f"{stem}.bin", weights_only=True)
+        return {key: value for key, value in table.items() if len(value)}
+
+    def load(self, pipeline, folder):
+        """Puts saved weights and words into the networks that are being trained, to the bit."""
+        pipeline.unet.load_state_dict(self.read(WEIGHTS_NAME, folder), strict=False)
+        for i, word in enumerate(self.words):
+            rows = self.read(word, folder).values()
+            for (_, text_encoder), row in zip(text_parts(pipeline), rows, strict=True):
+                text_encoder.get_input_embeddings().rows.data[i] = row
+
+    def load_as_a_user(self, pipeline):
+        """Loads the files into the base model by diffusers' own loaders, as the printed lines do."""
+        pipeline.unet.load_attn_procs(self.folder, weight_name=self.file(), _pipeline=pipeline)
+        parts = text_parts(pipeline)
+        for word in self.words:
+            for tokenizer, text_encoder in parts:
+                # diffusers asks for this size, too, with statistics over the table: four times its memory in float32
+                text_encoder.resize_token_embeddings(len(tokenizer) + 1, mean_resizing=False)
+            if not self.is_xl:
+                pipeline.load_textual_inversion(self.folder, weight_name=self.file(word))
                 continue
-            step += 1
-            logs = {"loss": accelerator.reduce(step_loss, "mean").item(), "lr": lr_scheduler.get_last_lr()[0]}
-            if not math.isfinite(logs["loss"]):  # the same in all processes
-                fail(f"step {step}", f"the loss is {logs['loss']}; lower --learning_rate, or take another base model")
-            progress.set_postfix(loss=f"{logs['loss']:.4f}", lr=f"{logs['lr']:.2e}", refresh=False)
-            progress.update()
-            accelerator.log(logs, step=step)
-            step_loss = 0.0
-            lr_scheduler.step()
-            if signals:
-                accelerator.set_trigger()
-            stopped = accelerator.check_trigger()  # all processes stop after the same step
-            # the others wait for the main process where the next step averages the gradients
-            if accelerator.is_main_process and (stopped or step % args.checkpointing_steps == 0):
-                checkpoints.save(step)
-            if stopped:
-                break
-            if accelerator.is_main_process and step % args.validation_steps == 0 and step < max_train_steps:
-                validate(args, accelerator, pipeline, step)
+            table = self.read(word, safe=self.safe)
+            for (tokenizer, text_encoder), name in zip(parts, XL_NAMES, strict=True):
+                options = {"text_encoder": text_encoder, "tokenizer": tokenizer}
+                pipeline.load_textual_inversion(table[name], token=word, **options)
 
-    # Save, prove that the files load, make the final pictures from them
-    if stopped:
-        accelerator.print(f"Stopped after step {step}; to go on: the same command with --resume_from_checkpoint latest")
-    elif accelerator.is_main_process:
-        if args.keep_apart:
-            keep_apart(args, pipeline, checkpoints.settings)
-        save_weights(Path(args.output_dir), args, pipeline, checkpoints.settings)
-        finish(args, accelerator, prove_reload(args, pipeline), step, concepts, repository)
-    accelerator.wait_for_everyone()
-    (model,) = accelerator.free_memory(model)  # first: torch can hang if its end is also the process group's
-    accelerator.end_training()
-    if stopped:
-        return 128 + (signals[0] if signals else signal.SIGTERM)  # the decorator exits with it
-
-
-def start_reporting(args, accelerator):
-    """Makes the hub's repository, whose id it returns, output_dir, and the trackers, which get the run's settings."""
-    repository = None
-    if accelerator.is_main_process and args.push_to_hub:
-        name = args.hub_model_id or Path(args.output_dir).resolve().name
-        with failing_as(f"--push_to_hub {name}", "check the network, `hf auth login` and --hub_model_id"):
-            repository = create_repo(name, exist_ok=True, token=args.hub_token).repo_id
-    if accelerator.is_main_process:
-        os.makedirs(args.output_dir, exist_ok=True)
-    settings = {"mixed_precision": accelerator.mixed_precision, "num_processes": accelerator.num_processes}
-    flags = vars(args) | {"hub_token": None} | settings
-    config = {key: value for key, value in flags.items() if value is not None}
-    config |= {f"{m.__name__}_version": str(m.__version__) for m in (accelerate, diffusers, torch, transformers)}
-    with failing_as(f"--report_to {args.report_to}", "log in, set WANDB_MODE=offline for wandb, or change the flag"):
-        accelerator.init_trackers("custom-diffusion", config, init_kwargs={"wandb": {"dir": args.output_dir}})
-    return repository
+    def lines(self, args, prompt, source):
+        """Python lines that load the result from `source`, a folder or repository, and make a picture."""
+        base = repr(args.pretrained_model_name_or_path)
+        for name in ("revision", "variant"):
+            if getattr(args, name):
+                base += f", {name}={getattr(args, name)!r}"
+        imports = ["import torch", "from diffusers import DiffusionPipeline"]
+        weights = repr(source)
+        loads = [f"pipeline.unet.load_attn_procs(weights, weight_name={self.file()!r}, _pipeline=pipeline)"]
+        if not self.is_xl:
+            for word in self.words:
+                loads.append(f"pipeline.load_textual_inversion(weights, weight_name={self.file(word)!r})")
+        elif self.words:
+            # Their files have an embedding for each text encoder, so the lines open them.
+            imports = ["import os", *imports]
+            if self.safe:
+                imports.append("from safetensors.torch import load_file")
+            if not Path(source).is_dir():
+                imports.append("from huggingface_hub import snapshot_download")
+                weights = f"snapshot_download({weights})"
+            for word in self.words:
+                reader = "load_file" if self.safe else "torch.load"
+                loads.append(f"word = {reader}(os.path.join(weights, {self.file(word)!r}))")
+                for name, end in zip(XL_NAMES, ("", "_2"), strict=True):
+                    part = f"text_encoder=pipeline.text_encoder{end}, tokenizer=pipeline.tokenizer{end}"
+                    loads.append(f"pipeline.load_textual_inversion(word[{name!r}], token={word!r}, {part})")
+        lines = [
+            *imports,
+            "",
+            "# on a GPU: .to('cuda', torch.float16)",
+            f"pipeline = DiffusionPipeline.from_pretrained({base}).to(torch.float32)",
+            f"weights = {weights}",
+            *loads,
+            f"image = pipeline({prompt!r}, num_inference_steps=100, guidance_scale=6.0, eta=1.0).images[0]",
+            "image.save('picture.png')",
+        ]
+        return "\n".join(lines)
 
 
-def print_summary(accelerator, args, concepts, trained, starts, max_train_steps, samples_per_step):
-    """Prints what is about to be trained, on what, and how long."""
-    count = sum(parameter.numel() for parameter in trained.values())
-    words = "".join(f" and {word} (from {row})" for word, row in zip(modifier_tokens(args), starts, strict=True))
-    accelerator.print(f"Training {count:,} parameters: {args.freeze_model}{words}")
+def describe_result(args, concepts, pipeline, samples_per_step):
+    """The result of a run, with a record of what decides on weights and draws, and of what merge.py asks.
+
+    Any number of processes may share the samples of a step. Called before the training, as it takes
+    the base model's digest from the untrained projections; in half precision, so that a model and
+    its fp16 files have the same one.
+    """
+    names = (
+        "modifier_token", "initializer_token", "freeze_model", "resolution", "center_crop", "hflip", "noaug",
+        "alpha_mask", "with_prior_preservation", "prior_loss_weight", "cache_latents", "seed",
+    )  # fmt: skip
+    prompts, captions = [], []
     for concept in concepts:
-        captions = sum(prompt != concept.instance_prompt for _, prompt in concept.instance_images)
-        counts = f"{len(concept.instance_images)} pictures" + (f" ({captions} with captions)" if captions else "")
-        accelerator.print(f"  {concept.instance_prompt!r}: {counts}, {len(concept.class_images)} class pictures")
-    machine = f"{accelerator.num_processes} process(es), {accelerator.device.type}"
-    accelerator.print(f"  {max_train_steps} steps of {samples_per_step} instance pictures on {machine}")
+        prompts.append([concept.instance_prompt, len(concept.instance_samples), len(concept.class_samples)])
+        captions += [caption for _, caption in concept.instance_samples if caption != concept.instance_prompt]
+    weights = {key: value.half() for key, value in attention_state_dict(pipeline.unet).items()}
+    settings = {name: getattr(args, name) for name in names} | {
+        "samples_per_step": samples_per_step,
+        "concepts": prompts,
+        "captions": list(dict.fromkeys(captions)),
+        "base_model_fp16": hashlib.sha256(serialize(weights)).hexdigest()[:16],
+    }
+    return Result(
+        folder=Path(args.output_dir),
+        words=modifier_tokens(args),
+        is_xl=len(text_parts(pipeline)) > 1,
+        settings=settings,
+        safe=not args.no_safe_serialization,
+    )
 
 
 @torch.no_grad()
-def decode(pipeline, latents):
-    """Latents (batch, channels, h, w) to pictures, one at a time as pictures are what takes memory."""
-    vae = pipeline.vae
-    latents = latents.to(vae.dtype) / vae.config.scaling_factor
-    decoded = torch.cat([vae.decode(part).sample for part in latents.split(1)])
-    return pipeline.image_processor.postprocess(decoded)
+def predict(accelerator, pipeline, prompt):
+    """The UNet's prediction for a prompt and fixed noise, (1, channels, h, w), float32 on the CPU."""
+    device, config = accelerator.device, pipeline.unet.config
+    noise = torch.randn(1, config.in_channels, 32, 32, generator=torch.Generator().manual_seed(0))
+    inputs = [noise, torch.tensor([500])]
+    for tokenizer, _ in text_parts(pipeline):
+        inputs.append(tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt").input_ids)
+    if len(text_parts(pipeline)) > 1:
+        inputs.append(torch.from_numpy(time_ids((1024, 1024), (0, 0), 1024))[None])
+    with accelerator.autocast():
+        prediction = DenoisingModel(pipeline)(*(values.to(device) for values in inputs))
+    return prediction.float().cpu()
 
 
-def validate(args, accelerator, pipeline, step):
-    """Draws --validation_prompt, with the same noise each time, for output_dir/validation and the trackers."""
-    if not args.validation_prompt:
-        return []
-    pipeline.vae.to(accelerator.device)
-    noise, images = torch.Generator(accelerator.device).manual_seed(args.seed), []
-    settings = {"num_inference_steps": 25, "generator": noise, "height": args.resolution, "width": args.resolution}
-    settings["output_type"] = "latent"  # the VAE stays in its own precision
-    while missing := args.num_validation_images - len(images):
-        count = min(args.sample_batch_size, missing)
-        with accelerator.autocast():
-            latents = pipeline(args.validation_prompt, num_images_per_prompt=count, **settings).images
-        images += decode(pipeline, latents)
-    if args.cache_latents:
-        pipeline.vae.to("cpu")
-    columns, line = min(4, len(images)), max(16, args.resolution // 12)  # line: of text, its height in pixels
-    blanks = [Image.new("RGB", images[0].size, "white")] * (-len(images) % columns)
-    grid = make_image_grid([*images, *blanks], -(-len(images) // columns), columns)
-    sheet, font = ImageOps.expand(grid, (0, line, 0, 0), "white"), ImageFont.load_default(0.7 * line)
-    ImageDraw.Draw(sheet).text((line // 4, line // 2), f"step {step}" if step else "before", "black", font, anchor="lm")
-    write_file(Path(args.output_dir, "validation", f"step-{step:06d}.png"), to_bytes(sheet.save, format="PNG"))
-    for tracker in accelerator.trackers:
-        if tracker.name in ("tensorboard", "wandb"):
-            options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({"validation": np.stack(images)}, step, **options)
-    return images
+def to_base_model(pipeline, tokenizers):
+    """Takes what is trained out again: plain attention and embeddings, tokenizers without words."""
+    pipeline.unet.set_attn_processor(attention_processor.AttnProcessor2_0())
+    for _, text_encoder in text_parts(pipeline):
+        embedding = text_encoder.get_input_embeddings()
+        if isinstance(embedding, ModifierEmbedding):
+            text_encoder.set_input_embeddings(embedding.table)
+    pipeline.tokenizer = tokenizers[0]
+    if len(tokenizers) > 1:
+        pipeline.tokenizer_2 = tokenizers[1]
 
 
-# ---------- Weights, checkpoints and the result -----------------------------------------------------------------
+def token_ids(tokenizers, prompts):
+    """What each tokenizer makes of the prompts: {(number of the tokenizer, prompt): ids}."""
+    return {(i, prompt): tokenizer(prompt).input_ids for i, tokenizer in enumerate(tokenizers) for prompt in prompts}
 
 
-def write_file(file, content):
-    """Writes bytes to a file beside, flushes them to the disk and renames: a file of that name is always complete."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f".{file.name}.unfinished")
-    with open(unfinished, "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    unfinished.replace(file)
-
-
-def to_bytes(save, *args, **kwargs):
-    """What `save` writes into a stream. (torch.save, given a file's name, hides why the system refused to write.)"""
-    stream = io.BytesIO()
-    save(*args, stream, **kwargs)
-    return stream.getvalue()
-
-
-def save_weights(folder, args, pipeline, settings):
-    """Writes what is trained, in float32, as diffusers reads it: .bin, and .safetensors with the run's settings."""
-    attention = attention_state_dict(pipeline.unet)
-    tables = {WEIGHTS_NAME: attention}
-    for i, token in enumerate(modifier_tokens(args)):
-        rows = [encoder.get_input_embeddings().rows[i].detach().cpu().clone() for _, encoder in text_parts(pipeline)]
-        tables[token] = {token: rows[0]}
-        if len(rows) > 1:  # SDXL's names and shapes are those that other tools read
-            tables[token] = {name: row[None] for name, row in zip(XL_NAMES, rows, strict=True)}
-    if not all(values.isfinite().all() for table in tables.values() for values in table.values()):
-        fail(folder, "not written, as the weights are not finite; lower --learning_rate, or take another base model")
-    untrained = pipeline.unet.attn_processors.keys() - {key.rpartition(".to_")[0] for key in attention}
-    for name, table in tables.items():  # the loader wants an entry for every attention layer
-        empty = sorted(untrained) if name == WEIGHTS_NAME else []
-        write_file(folder / f"{name}.bin", to_bytes(torch.save, table | {layer: {} for layer in empty}))
-        if not args.no_safe_serialization:
-            metadata = {"settings": json.dumps(settings)}  # of several entries the order, and so the bytes, would vary
-            content = serialize(table | {layer: torch.empty(0) for layer in empty}, metadata)
-            write_file(folder / f"{name}.safetensors", content)
-
-
-def keep_apart(args, pipeline, settings):
-    """Replaces the trained keys and values by those that scripts/merge.py makes of them; docs/merging.md says how."""
-    sys.path.insert(0, str(MERGE.parent))
-    import merge
-
-    with tempfile.TemporaryDirectory(dir=args.output_dir) as folder:
-        trained, kept = Path(folder, "trained"), Path(folder, "kept")
-        save_weights(trained, argparse.Namespace(**vars(args) | {"no_safe_serialization": False}), pipeline, settings)
-        options = {name: getattr(args, name) for name in ("pretrained_model_name_or_path", "revision", "variant")}
-        words = [f"--{name}={value}" for name, value in options.items() if value]
-        merge.merge(merge.parse_args([str(trained), *words, f"--output_dir={kept}"]))
-        table = torch.load(kept / f"{WEIGHTS_NAME}.bin", weights_only=True)
-    pipeline.unet.load_state_dict({key: value for key, value in table.items() if len(value)}, strict=False)
-
-
-class Checkpoints:
-    """Saves and resumes training: output_dir/checkpoint-<step>, each also loadable like the final result.
-
-    The main process alone saves, as all hold the same state. The step says where in its draws a run is. A folder has
-    its name only while everything is in it, so it is complete whenever the run is killed.
-    """
-
-    def __init__(self, args, accelerator, pipeline, optimizer, lr_scheduler, concepts, samples_per_step):
-        self.args, self.accelerator, self.pipeline = args, accelerator, pipeline
-        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
-        self.output_dir = Path(args.output_dir)
-        self.unfinished, self.trash = (self.output_dir / f".{word}-checkpoint" for word in ("unfinished", "deleted"))
-        # what decides on weights and draws; any number of processes may share the samples of a step
-        names = ("modifier_token", "initializer_token", "freeze_model", "resolution", "center_crop", "hflip", "noaug",
-                 "alpha_mask", "with_prior_preservation", "prior_loss_weight", "cache_latents", "seed")  # fmt: skip
-        self.settings = {name: getattr(args, name) for name in names} | {"samples_per_step": samples_per_step}
-        self.settings["concepts"] = [[c.instance_prompt, len(c.instance_images), len(c.class_images)] for c in concepts]
-        self.settings["base_model"] = hashlib.sha256(serialize(attention_state_dict(pipeline.unet))).hexdigest()[:16]
-
-    def claim_folder(self):
-        """Locks the output folder, and rehearses the end there: saves, and lets diffusers load the weights.
-
-        A word that is no file name, a full disk or a loader that installs nothing shows before the training this way.
-        """
-        # one lock for all runs of a process, as a notebook keeps those that failed
-        self.lock = filelock.FileLock(self.output_dir / ".lock", is_singleton=True)
-        subject = f"--output_dir {self.output_dir}"
-        with failing_as(subject, "another run is using it; give each a folder of its own"):
-            self.lock.acquire(timeout=0)
-        for leftover in (self.unfinished, self.trash):  # of a run that was killed
-            shutil.rmtree(leftover, ignore_errors=True)
-        with torch.device("meta"):  # without weights
-            unet = diffusers.UNet2DConditionModel.from_config(self.pipeline.unet.config)
-        with tempfile.TemporaryDirectory(dir=self.output_dir) as folder, failing_as(subject, "a trial save failed"):
-            save_weights(Path(folder), self.args, self.pipeline, self.settings)
-            unet.load_attn_procs(folder, weight_name=result_files(self.args)[0], _pipeline=self.pipeline)
-            unet.get_submodule(next(iter(attention_state_dict(self.pipeline.unet))).rpartition(".")[0])
-
-    def list(self):
-        """Checkpoints of the output folder in the order in which they were written."""
-        folders = [file.parent for file in self.output_dir.glob(f"checkpoint-*/{CHECKPOINT_NAME}")]
-        return sorted(folders, key=lambda folder: (folder / CHECKPOINT_NAME).stat().st_mtime)
-
-    def save(self, step):
-        """Writes a checkpoint; only then deletes the oldest ones beyond --checkpoints_total_limit."""
-        folder, scaler = self.output_dir / f"checkpoint-{step}", self.accelerator.scaler
-        state = {"optimizer": self.optimizer.state_dict()["state"], "lr_scheduler": self.lr_scheduler.last_epoch}
-        state["scaler"] = scaler.state_dict() if scaler else None
-        record = {"step": step, "settings": self.settings}
-        try:
-            save_weights(self.unfinished, self.args, self.pipeline, self.settings)
-            write_file(self.unfinished / TRAINING_STATE_NAME, to_bytes(torch.save, state))
-            write_file(self.unfinished / CHECKPOINT_NAME, json.dumps(record, indent=2).encode())
-            self.delete(folder)  # if an earlier run made one
-            self.unfinished.rename(folder)
-        finally:
-            shutil.rmtree(self.unfinished, ignore_errors=True)  # it would fill a full disk
-        for old in self.list()[: -self.args.checkpoints_total_limit] if self.args.checkpoints_total_limit else ():
-            self.delete(old)
-
-    def delete(self, folder):
-        """Deletes a checkpoint if it is there."""
-        if folder.exists():
-            folder.rename(self.trash)
-            shutil.rmtree(self.trash)
-
-    def resume(self):
-        """Loads the checkpoint asked for in every process; returns its step, 0 for "latest" if there is none."""
-        name, known, step = self.args.resume_from_checkpoint, self.list(), 0
-        named = [folder for folder in (self.output_dir / name, Path(name)) if folder.is_dir()]
-        for folder in (known[-1:] if name == "latest" else named)[:1]:
-            with failing_as(f"--resume_from_checkpoint {folder}", "resume from another one, as this one is corrupt"):
-                step = self.load(folder)
-            self.accelerator.print(f"Resuming from {folder}, step {step}")
-        if not step and name != "latest":
-            fail(f"--resume_from_checkpoint {name}", f"no such folder; there are {[f.name for f in known] or 'none'}")
-        steps = self.accelerator.gather(torch.tensor([step], device=self.accelerator.device)).tolist()
-        if len(set(steps)) > 1:
-            fail("--resume_from_checkpoint", f"the processes find steps {steps}; let them share --output_dir")
-        return step
-
-    def load(self, folder):
-        """Loads weights and states, but no settings, of optimizer and schedule; returns the checkpoint's step."""
-        record = json.loads((folder / CHECKPOINT_NAME).read_bytes())
-        for name, value in self.settings.items():
-            made_with = record["settings"].get(name)
-            if made_with != value:
-                fail(f"--resume_from_checkpoint {folder}", f"made with {name} {made_with}, not {value}; use the same")
-        names = (WEIGHTS_NAME, *modifier_tokens(self.args))
-        attention, *embeddings = (torch.load(folder / f"{name}.bin", weights_only=True) for name in names)
-        state = torch.load(folder / TRAINING_STATE_NAME, map_location="cpu", weights_only=True)
-        self.pipeline.unet.load_state_dict({key: value for key, value in attention.items() if len(value)}, strict=False)
-        for i, table in enumerate(embeddings):
-            for (_, text_encoder), row in zip(text_parts(self.pipeline), table.values(), strict=True):
-                text_encoder.get_input_embeddings().rows.data[i] = row
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state["optimizer"]})
-        if self.accelerator.scaler:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.lr_scheduler.last_epoch = state["lr_scheduler"] - 1
-        self.lr_scheduler.step()
-        return record["step"]
-
-
-def prove_reload(args, pipeline):
-    """Loads the saved files as a user does; fails unless that gives the trained networks. Returns the new pipeline.
-
-    diffusers' `load_attn_procs` installs nothing, silently, without `_pipeline`, so nothing is taken on trust. What was
-    trained must be equal to the last bit, outputs within rounding, as diffusers installs another attention kernel.
-    """
-    device, dtype = pipeline.unet.device, pipeline.unet.conv_in.weight.dtype
-    torch.backends.cuda.matmul.allow_tf32 = False  # its rounding would pass for a difference
-    trained = probe(args, pipeline)
-    DenoisingModel(pipeline).to("cpu")  # room for the fresh one
-    with failing_as(args.output_dir, "the files are complete, but were not proven to load"):
-        fresh = load_pipeline(args, load_tokenizers(args)).to(device, dtype)  # rounded as the trained ones
-        DenoisingModel(fresh).float()
-        attention, *words = result_files(args)
-        fresh.unet.load_attn_procs(args.output_dir, weight_name=attention, _pipeline=fresh)
-        for token, word in zip(modifier_tokens(args), words, strict=True):
-            load_word(fresh, args.output_dir, word, token)
-        reloaded = probe(args, fresh)
-    for name, value in trained.items():
-        tolerance = 1e-3 * value.abs().max() if name == "prediction" else 0
-        if name not in reloaded or not torch.allclose(reloaded[name], value, rtol=0, atol=tolerance):
-            fail(args.output_dir, f"its files are kept, but diffusers {diffusers.__version__} loads another {name}")
-    fresh.unet.set_attn_processor(attention_processor.AttnProcessor2_0())  # what the loader installs is not fused
-    add_attention_processors(fresh.unet, args.freeze_model)
-    fresh.unet.to(device).load_state_dict(reloaded, strict=False)
-    fresh.to(dtype).vae.to(pipeline.vae.dtype)
-    return fresh
-
-
-def load_word(pipeline, folder, file, token):
-    """Loads a word as a user does; SDXL's file has an embedding for each text encoder."""
-    parts = text_parts(pipeline)
-    if len(parts) == 1:
-        return pipeline.load_textual_inversion(folder, weight_name=file)
-    table = torch.load(Path(folder, file), weights_only=True) if file.endswith("bin") else load_file(Path(folder, file))
-    for (tokenizer, text_encoder), name in zip(parts, XL_NAMES, strict=True):
-        pipeline.load_textual_inversion(table[name], token=token, text_encoder=text_encoder, tokenizer=tokenizer)
+def trained_values(pipeline, words):
+    """What is trained, by name, rounded to the type in which the networks use it; on the CPU."""
+    values = trained_attention(pipeline.unet)
+    for i, (tokenizer, text_encoder) in enumerate(text_parts(pipeline)):
+        ids = torch.tensor(tokenizer.convert_tokens_to_ids(words), dtype=torch.long)
+        values[f"embeddings {i}"] = text_encoder.get_input_embeddings()(ids.to(text_encoder.device)).detach()
+    return {key: value.to(pipeline.unet.dtype).cpu() for key, value in values.items()}
 
 
 @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-@torch.no_grad()
-def probe(args, pipeline):
-    """What is trained, and the UNet's prediction for a fixed prompt and noise, by name; in float32 on the CPU."""
-    unet, found, ids = pipeline.unet.float(), attention_state_dict(pipeline.unet), []
-    prompt = " ".join(["photo of a", *modifier_tokens(args)])
-    for tokenizer, text_encoder in text_parts(pipeline):
-        words = torch.tensor(tokenizer.convert_tokens_to_ids(modifier_tokens(args)), dtype=torch.long)
-        rows = text_encoder.float().get_input_embeddings()(words.to(unet.device))
-        found[f"embeddings {len(ids)}"] = rows.cpu()
-        ids.append(tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt").input_ids)
-    cells = min(32, args.resolution // pipeline.vae_scale_factor)  # the attention that diffusers loads is not fused
-    noise = torch.randn(1, unet.config.in_channels, cells, cells, generator=torch.Generator().manual_seed(0))
-    ids += [torch.tensor([[1024.0, 1024, 0, 0, 1024, 1024]])] if len(ids) > 1 else []
-    prediction = DenoisingModel(pipeline)(*(x.to(unet.device) for x in (noise, torch.tensor([500]), *ids)))
-    return found | {"prediction": prediction.cpu()}
+def prove_reload(result, accelerator, pipeline, base_tokenizers, concepts):
+    """Loads the files as a user does, and leaves the pipeline so; fails unless all is as it was trained.
 
+    diffusers' `load_attn_procs` installs nothing, silently, without `_pipeline`, so nothing is
+    taken on trust. The base networks are still in memory, frozen to the bit: what was trained is
+    taken out of them, and the files are loaded into the same networks, so no second copy is needed.
+    What was trained must be equal to the last bit of the type that the networks have; the
+    prediction within rounding, as diffusers installs another attention kernel.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = False  # its rounding would pass for a difference
+    prompts = [caption for concept in concepts for _, caption in concept.instance_samples]
+    class_prompts = [concept.class_prompt for concept in concepts if concept.class_prompt]
+    tables = result.tables(pipeline)
+    trained = trained_values(pipeline, result.words)
+    prediction = predict(accelerator, pipeline, prompts[0])
+    ids = token_ids([tokenizer for tokenizer, _ in text_parts(pipeline)], prompts)
+    ids |= token_ids(base_tokenizers, class_prompts)
 
-def result_files(args):
-    """Names of the files that the result is to be loaded from: the attention's, then one for each word."""
-    ending = "bin" if args.no_safe_serialization else "safetensors"
-    return [f"{name}.{ending}" for name in (WEIGHTS_NAME, *modifier_tokens(args))]
-
-
-def usage_snippet(args, pipeline, concepts, weights):
-    """Python lines that load the result (a folder or hub repository) into the base model and make a picture."""
-    prompt, base = args.validation_prompt or concepts[0].instance_prompt, repr(args.pretrained_model_name_or_path)
-    base += "".join(f", {key}={vars(args)[key]!r}" for key in ("revision", "variant") if vars(args)[key])
-    attention, *words = result_files(args)
-    imports, folder, lines = [], repr(weights), []
-    if len(text_parts(pipeline)) == 1:
-        lines += [f"pipeline.load_textual_inversion(weights, weight_name={word!r})" for word in words]
-    else:  # a file of SDXL's has an embedding for each text encoder
-        reader = "torch.load" if args.no_safe_serialization else "load_file"
-        imports += [] if args.no_safe_serialization else ["from safetensors.torch import load_file"]
-        if not Path(weights).is_dir():
-            imports.append("from huggingface_hub import snapshot_download")
-            folder = f"snapshot_download({folder})"
-        for token, word in zip(modifier_tokens(args), words, strict=True):
-            lines.append(f"word = {reader}(f'{{weights}}/{word}')")
-            for name, end in zip(XL_NAMES, ("", "_2"), strict=True):
-                part = f"text_encoder=pipeline.text_encoder{end}, tokenizer=pipeline.tokenizer{end}"
-                lines.append(f"pipeline.load_textual_inversion(word[{name!r}], token={token!r}, {part})")
-    imports, lines = ("".join(f"{line}\n" for line in part) for part in (imports, lines))
-    return f"""import torch
-from diffusers import DiffusionPipeline
-{imports}
-# on a GPU: .to('cuda', torch.float16)
-pipeline = DiffusionPipeline.from_pretrained({base}).to(torch.float32)
-weights = {folder}
-pipeline.unet.load_attn_procs(weights, weight_name={attention!r}, _pipeline=pipeline)
-{lines}image = pipeline({prompt!r}, num_inference_steps=100, guidance_scale=6.0, eta=1.0).images[0]
-image.save('picture.png')"""
-
-
-def finish(args, accelerator, pipeline, step, concepts, repository):
-    """Draws the final pictures with the reloaded pipeline, says where everything is, and uploads it."""
-    folder, images = Path(args.output_dir), []
+    # important: the base tokenizers learn the words here, so all that needs them without is done above.
+    to_base_model(pipeline, base_tokenizers)
     try:
-        images = validate(args, accelerator, pipeline, step)
-        for i, image in enumerate(images):
-            image.save(folder / f"image_{i}.png")
-        steps = [0, *range(args.validation_steps, step, args.validation_steps), step]
-        files = [folder / "validation" / f"step-{step:06d}.png" for step in steps]  # an earlier run may have drawn them
-        sheets = [Image.open(file) for file in files if file.is_file()]
-        if len(sheets) > 1 and images:
-            make_image_grid([sheets[0], sheets[-1]], 2, 1).save(folder / "before_after.png")
-            first = (0, 0, args.resolution, args.resolution + sheets[0].height % args.resolution)  # and the label above
-            shown = np.linspace(0, len(sheets) - 1, min(8, len(sheets))).round().astype(int)
-            make_image_grid([sheets[i].crop(first) for i in shown], 1, len(shown)).save(folder / "steps.png")
-    except Exception as error:  # the weights are saved and proven: whatever it is, it costs the pictures alone
-        print(f"warning: pictures are missing ({textwrap.shorten(str(error), 200)})", file=sys.stderr)
-    usage = usage_snippet(args, pipeline, concepts, str(folder))
-    print(f"Saved to {folder}; loads as trained (checked). To use it:\n\n{usage}")
-    if repository:
-        upload(args, pipeline, concepts, [f"image_{i}.png" for i in range(len(images))], repository)
+        result.load_as_a_user(pipeline)
+    except Exception:
+        check_files(result, tables)
+        raise
+    problem = f"its files are kept, but diffusers {diffusers.__version__} loads another"
+    loaded = trained_values(pipeline, result.words)
+    for key, values in trained.items():
+        if key not in loaded or not torch.equal(loaded[key], values):
+            fail(result.folder, f"{problem} {key}")
+    for (i, prompt), expected in ids.items():
+        if base_tokenizers[i](prompt).input_ids != expected:
+            fail(result.folder, f"{problem} text of {prompt!r}")
+    difference = (predict(accelerator, pipeline, prompts[0]) - prediction).abs().max()
+    if not difference <= ROUNDING[pipeline.unet.dtype] * prediction.abs().max():
+        fail(result.folder, f"{problem} prediction")
 
 
-def upload(args, pipeline, concepts, pictures, repository):
+def check_files(result, tables):
+    """Fails unless the files hold these tables to the bit."""
+    for stem, table in tables.items():
+        for safe in {False, result.safe}:
+            with failing_as(result.folder, "its files cannot be read back; is the disk full or broken?"):
+                found = result.read(stem, safe=safe)
+            for key, values in table.items():
+                if key not in found or not torch.equal(found[key], values):
+                    fail(result.folder, f"the files of {stem} do not hold what was trained; is the disk broken?")
+
+
+def print_usage(result, args, concepts):
+    """Prints how to use the result and, without class pictures, the command that keeps it apart."""
+    prompt = args.validation_prompt or concepts[0].instance_prompt
+    print(result.lines(args, prompt, str(result.folder)))
+    if result.words and args.freeze_model == "crossattn_kv" and not args.with_prior_preservation:
+        command = ["python", "scripts/merge.py", str(result.folder)]
+        for name in ("pretrained_model_name_or_path", "revision", "variant", "tokenizer_name"):
+            if getattr(args, name):
+                command += [f"--{name}", getattr(args, name)]
+        command += ["--output_dir", f"{result.folder}-apart"]
+        print(f"\nTo keep what else the model knows as it was (docs/merging.md):\n\n{shlex.join(command)}")
+
+
+def upload(result, args, concepts, pictures, repository):
     """Writes the model card and uploads the result: exactly the files that make it up, by name."""
-    base, prompts = args.pretrained_model_name_or_path, [concept.instance_prompt for concept in concepts]
-    is_xl = len(text_parts(pipeline)) > 1
+    base = args.pretrained_model_name_or_path
+    prompts = [concept.instance_prompt for concept in concepts]
+    family = "stable-diffusion-xl" if result.is_xl else "stable-diffusion"
+    own_card, license_name = Path(base, "README.md"), None
+    # Without a card, a network or a licence in the card the key is left out.
+    with contextlib.suppress(Exception):
+        license_name = ModelCard.load(own_card if own_card.is_file() else base).data.license
     metadata = ModelCardData(
-        license="openrail++" if is_xl else "creativeml-openrail-m",
+        license=license_name,
         base_model=None if Path(base).is_dir() else base,  # the hub refuses what is not on it
         instance_prompt=", ".join(prompts),
-        tags=["text-to-image", "diffusers", f"stable-diffusion{'-xl' if is_xl else ''}", "custom-diffusion"],
+        tags=["text-to-image", "diffusers", family, "custom-diffusion"],
         widget=[{"text": args.validation_prompt, "output": {"url": picture}} for picture in pictures] or None,
     )
     shown = f"`{args.validation_prompt}`:\n\n" + " ".join(f"![](./{picture})" for picture in pictures)
@@ -1426,23 +1455,550 @@ def upload(args, pipeline, concepts, pictures, repository):
 Custom Diffusion weights for `{base}`, trained on pictures of {", ".join(f"`{prompt}`" for prompt in prompts)}.
 
 ```python
-{usage_snippet(args, pipeline, concepts, repository)}
+{result.lines(args, args.validation_prompt or prompts[0], repository)}
 ```
 
 {shown if pictures else ""}
 """
-    folder = Path(args.output_dir)
-    (folder / "README.md").write_text(card, encoding="utf-8")
-    endings = ("bin",) if args.no_safe_serialization else ("bin", "safetensors")
-    files = [f"{name}.{ending}" for name in (WEIGHTS_NAME, *modifier_tokens(args)) for ending in endings]
-    files += ["README.md", *pictures, *(["before_after.png", "steps.png"] if pictures else [])]
-    call = f"upload_folder(repo_id={repository!r}, folder_path={str(folder)!r}, allow_patterns={files})"
+    (result.folder / "README.md").write_text(card, encoding="utf-8")
+    sheets = ["before_after.png", "steps.png"] if pictures else []
+    # The hub's patterns are those of file names, in which brackets and stars of a word mean something else.
+    endings = ("bin", "safetensors") if result.safe else ("bin",)
+    files = [f"{stem}.{ending}" for stem in (WEIGHTS_NAME, *result.words) for ending in endings]
+    names = [glob.escape(name) for name in (*files, "README.md", *pictures, *sheets)]
+    folder = str(result.folder)
+    call = f"upload_folder(repo_id={repository!r}, folder_path={folder!r}, allow_patterns={names})"
     later = shlex.join(["python", "-c", f"from huggingface_hub import upload_folder; {call}"])
-    with failing_as(f"--push_to_hub {repository}", f"everything is in {folder}; later: {later}"):
-        commit = upload_folder(repo_id=repository, folder_path=folder, allow_patterns=files, token=args.hub_token)
-    print(f"\nUploaded to {commit.repo_url}")
+    with leaving_out("upload"):
+        commit = upload_folder(repo_id=repository, folder_path=folder, allow_patterns=names, token=args.hub_token)
+        print(f"\nUploaded to {commit.repo_url}")
+        return
+    print(f"Everything is in {folder}; later: {later}", file=sys.stderr)
+
+
+# ---------- Checkpoints -----------------------------------------------------------------------------------------
+
+
+class Checkpoints:
+    """Saves and resumes training: output_dir/checkpoint-<step>, each also loadable like the final result.
+
+    The main process alone saves, as all hold the same state. The step says where in its draws a run
+    is. A folder has its name only while everything is in it, so it is complete whenever the run is
+    killed.
+    """
+
+    def __init__(self, result, accelerator, pipeline, optimizer, lr_scheduler, limit=None):
+        self.result, self.accelerator, self.pipeline = result, accelerator, pipeline
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.limit = limit
+        self.started = time.time()  # of the run, however often it is resumed
+
+    def claim_folder(self):
+        """Locks the output folder and rehearses the end there: saves, and lets diffusers load the weights.
+
+        A word that is no file name, a full disk or a loader that installs nothing shows before the
+        training this way.
+        """
+        if not self.accelerator.is_main_process:
+            return
+        folder, unet = self.result.folder, self.pipeline.unet
+        subject = f"--output_dir {folder}"
+        # One lock for all runs of a process, as a notebook keeps those that failed.
+        self.lock = filelock.FileLock(folder / ".lock", is_singleton=True)
+        with failing_as(subject, "another run is using it; give each a folder of its own"):
+            self.lock.acquire(timeout=0)
+        for leftover in (*folder.glob(".unfinished-*"), *folder.glob(".deleted-*")):
+            shutil.rmtree(leftover, ignore_errors=True)  # of a run that was killed
+        with torch.device("meta"):  # without weights
+            trial = UNet2DConditionModel.from_config(unet.config)
+        with (
+            tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder) as trial_folder,
+            failing_as(subject, "a trial save failed"),
+        ):
+            self.result.save(self.pipeline, Path(trial_folder))
+            trial.load_attn_procs(trial_folder, weight_name=self.result.file(), _pipeline=self.pipeline)
+            if trained_attention(trial).keys() != trained_attention(unet).keys():
+                raise RuntimeError(f"diffusers {diffusers.__version__} does not install the weights")
+
+    def saved(self):
+        """Checkpoints of the output folder: of the latest run the last, and within a run by step.
+
+        The record of each says when its run started, as the times of files say nothing after a copy
+        or a download.
+        """
+        folders = {}
+        for file in self.result.folder.glob(f"checkpoint-*/{CHECKPOINT_NAME}"):
+            try:
+                record = json.loads(file.read_bytes())
+                folders[file.parent] = (record.get("started", 0), record["step"])
+            except (ValueError, KeyError, AttributeError):
+                folders[file.parent] = (0, 0)  # corrupt: it is taken last, and deleted first
+        return sorted(folders, key=folders.get)
+
+    def save(self, step):
+        """Writes a checkpoint; only then deletes the oldest ones beyond --checkpoints_total_limit."""
+        scaler = self.accelerator.scaler
+        state = {
+            "optimizer": self.optimizer.state_dict()["state"],
+            "lr_scheduler": self.lr_scheduler.last_epoch,
+            "scaler": scaler.state_dict() if scaler else None,
+        }
+        record = {"step": step, "started": self.started, "settings": self.result.settings}
+        folder = self.result.folder / f"checkpoint-{step}"
+        unfinished = self.result.folder / ".unfinished-checkpoint"
+        try:
+            self.result.save(self.pipeline, unfinished)
+            write_file(unfinished / TRAINING_STATE_NAME, to_bytes(torch.save, state))
+            write_file(unfinished / CHECKPOINT_NAME, json.dumps(record, indent=2).encode())
+            if folder.exists():  # an earlier run made one
+                self.delete(folder)
+            unfinished.rename(folder)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)  # it would fill a full disk
+        if self.limit:
+            for old in self.saved()[: -self.limit]:
+                self.delete(old)
+
+    def delete(self, folder):
+        """Deletes a checkpoint. What NFS refuses while a file is read is left for the next run."""
+        trash = tempfile.mkdtemp(prefix=".deleted-", dir=self.result.folder)
+        try:
+            folder.rename(Path(trash, folder.name))
+            shutil.rmtree(trash)
+        except OSError as error:
+            print(f"warning: {folder} could not be deleted ({error.strerror})", file=sys.stderr)
+
+    def free(self):
+        """Makes room: after the last step neither gradients nor the optimizer's state are needed."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.state.clear()
+
+    def resume(self, name):
+        """Loads the checkpoint `name` in every process; returns its step, or 0 if there is none."""
+        if not name:
+            return 0
+        known = self.saved()
+        if name == "latest":
+            folder = known[-1] if known else None
+        else:
+            named = [path for path in (self.result.folder / name, Path(name)) if path.is_dir()]
+            folder = named[0] if named else None
+            if not folder:
+                found = [path.name for path in known]
+                fail(f"--resume_from_checkpoint {name}", f"no such folder; there are {found or 'none'}")
+        step = 0
+        if folder:
+            with failing_as(f"--resume_from_checkpoint {folder}", "resume from another one, as this one is corrupt"):
+                step = self.load(folder)
+            self.accelerator.print(f"Resuming from {folder}, step {step}")
+        steps = self.accelerator.gather(torch.tensor([step], device=self.accelerator.device)).tolist()
+        if len(set(steps)) > 1:
+            fail("--resume_from_checkpoint", f"the processes find steps {steps}; let them share --output_dir")
+        return step
+
+    def load(self, folder):
+        """Loads weights and states, but no settings, of optimizer and schedule; returns the step."""
+        record = json.loads((folder / CHECKPOINT_NAME).read_bytes())
+        made_with = record["settings"]
+        for name, value in self.result.settings.items():
+            # The record of an older version lacks some.
+            if name in made_with and made_with[name] != value:
+                problem = f"made with {name} {made_with[name]}, not {value}; use the same"
+                fail(f"--resume_from_checkpoint {folder}", problem)
+        state = torch.load(folder / TRAINING_STATE_NAME, map_location="cpu", weights_only=True)
+        self.result.load(self.pipeline, folder)
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state["optimizer"]})
+        if self.accelerator.scaler and state["scaler"]:  # none was made without fp16
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        # The rates of this command line at that step; a schedule's own state would bring back those of the old one.
+        self.lr_scheduler.last_epoch = state["lr_scheduler"] - 1
+        self.lr_scheduler.step()
+        self.started = record.get("started", 0)
+        return record["step"]
+
+
+# ---------- Trackers and validation -----------------------------------------------------------------------------
+
+
+def start_reporting(args, accelerator):
+    """Makes the hub's repository, whose id it returns, output_dir, and trackers with the settings."""
+    repository = None
+    if accelerator.is_main_process and args.push_to_hub:
+        name = args.hub_model_id or Path(args.output_dir).resolve().name
+        with failing_as(f"--push_to_hub {name}", "check the network, `hf auth login` and --hub_model_id"):
+            repository = create_repo(name, exist_ok=True, token=args.hub_token).repo_id
+    if accelerator.is_main_process:
+        os.makedirs(args.output_dir, exist_ok=True)
+    config = vars(args) | {
+        "hub_token": None,
+        "mixed_precision": accelerator.mixed_precision,
+        "num_processes": accelerator.num_processes,
+    }
+    for library in (accelerate, diffusers, torch, transformers):
+        config[f"{library.__name__}_version"] = str(library.__version__)
+    config = {key: value for key, value in config.items() if value is not None}
+    with failing_as(f"--report_to {args.report_to}", "log in, set WANDB_MODE=offline for wandb, or change the flag"):
+        accelerator.init_trackers("custom-diffusion", config, init_kwargs={"wandb": {"dir": args.output_dir}})
+    return repository
+
+
+def print_summary(accelerator, args, result, concepts, trained, max_train_steps, tokenizer, initializer_ids):
+    """Prints what is trained, from what, on what and how long."""
+    starts = tokenizer.convert_ids_to_tokens(initializer_ids)
+    count = sum(parameter.numel() for parameter in trained)
+    what = [args.freeze_model]
+    for word, token in zip(result.words, starts, strict=True):
+        what.append(f"{word} (from {token.removesuffix('</w>')})")
+    lines = [f"Training {count:,} parameters: {' and '.join(what)}"]
+    for concept in concepts:
+        captions = sum(caption != concept.instance_prompt for _, caption in concept.instance_samples)
+        counts = f"{len(concept.instance_samples)} pictures"
+        if captions:
+            counts += f" ({captions} with captions)"
+        lines.append(f"{concept.instance_prompt!r}: {counts}, {len(concept.class_samples)} class pictures")
+    machine = f"{accelerator.num_processes} process(es), {accelerator.device.type}"
+    samples = result.settings["samples_per_step"]
+    lines.append(f"{max_train_steps} steps of {samples} instance pictures on {machine}")
+    if args.lr_scheduler != "constant" and args.lr_warmup_steps >= max_train_steps:
+        lines.append(f"The learning rate warms up for {args.lr_warmup_steps} steps, longer than the run")
+    if result.is_xl and args.resolution < 1024:
+        lines.append("Stable Diffusion XL is made for --resolution 1024")
+    accelerator.print("\n  ".join(lines))
+
+
+def report_step(accelerator, progress, step, step_loss, learning_rate):
+    """Shows a step in progress bar and trackers; fails in all processes if the loss is not finite."""
+    # The host waits for the device here, and in the loop where all processes agree on stopping.
+    loss = accelerator.reduce(step_loss, "mean").item()
+    if not math.isfinite(loss):
+        fail(f"step {step}", f"the loss is {loss}; lower --learning_rate, or take another base model")
+    progress.set_postfix(loss=f"{loss:.4f}", lr=f"{learning_rate:.2e}", refresh=False)
+    progress.update()
+    accelerator.log({"loss": loss, "lr": learning_rate}, step=step)
+
+
+def validate(args, accelerator, pipeline, step):
+    """Draws --validation_prompt, each time from the same noise, for the output folder and the trackers."""
+    if not args.validation_prompt:
+        return []
+    pipeline.vae.to(accelerator.device)
+    settings = {
+        "num_inference_steps": 25,
+        "generator": torch.Generator(accelerator.device).manual_seed(args.seed),
+        "height": args.resolution,
+        "width": args.resolution,
+        "output_type": "latent",  # the VAE stays in its own precision
+    }
+    images = []
+    while missing := args.num_validation_images - len(images):
+        count = min(args.sample_batch_size, missing)
+        with accelerator.autocast():
+            latents = pipeline(args.validation_prompt, num_images_per_prompt=count, **settings).images
+        images += decode(pipeline, latents)
+    if args.cache_latents:
+        pipeline.vae.to("cpu")
+    sheet = draw_sheet(images, f"step {step}" if step else "before")
+    write_file(Path(args.output_dir, sheet_name(step)), to_bytes(sheet.save, format="PNG"))
+    for tracker in accelerator.trackers:
+        if tracker.name in ("tensorboard", "wandb"):
+            options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"validation": np.stack(images)}, step, **options)
+    return images
+
+
+def sheet_name(step):
+    """Name of the file of a step's pictures in the output folder."""
+    return f"validation/step-{step:06d}.png"
+
+
+def label_height(resolution):
+    """Height in pixels of the line of text above the pictures of a step."""
+    return max(16, resolution // 12)
+
+
+def draw_sheet(images, label):
+    """The pictures of a step, up to four in a row, with a line of text above."""
+    columns = min(4, len(images))
+    rows = math.ceil(len(images) / columns)
+    blanks = [Image.new("RGB", images[0].size, "white")] * (rows * columns - len(images))
+    grid = make_image_grid([*images, *blanks], rows, columns)
+    height = label_height(images[0].height)
+    sheet = ImageOps.expand(grid, (0, height, 0, 0), "white")
+    font = ImageFont.load_default(0.7 * height)
+    ImageDraw.Draw(sheet).text((height // 4, height // 2), label, "black", font, anchor="lm")
+    return sheet
+
+
+def draw_final_pictures(args, accelerator, pipeline, step):
+    """Draws the final pictures and puts them beside those of earlier steps; returns them."""
+    # What diffusers' loader installs is not fused: it takes far more memory at large sizes.
+    loaded = attention_state_dict(pipeline.unet)
+    pipeline.unet.set_attn_processor(attention_processor.AttnProcessor2_0())
+    pipeline.unet.set_attn_processor(custom_diffusion_processors(pipeline.unet, args.freeze_model))
+    pipeline.unet.to(accelerator.device).load_state_dict(loaded, strict=False)
+    images = validate(args, accelerator, pipeline, step)
+    folder = Path(args.output_dir)
+    for i, image in enumerate(images):
+        image.save(folder / f"image_{i}.png")
+    # An earlier run may have drawn others into the same folder.
+    files = [folder / sheet_name(drawn) for drawn in (*range(0, step, args.validation_steps), step)]
+    files = [file for file in files if file.is_file()]
+    if len(files) > 1:
+        chosen = np.linspace(0, len(files) - 1, min(8, len(files))).round().astype(int)
+        sheets = [Image.open(files[i]) for i in chosen]
+        make_image_grid([sheets[0], sheets[-1]], 2, 1).save(folder / "before_after.png")
+        box = (0, 0, args.resolution, args.resolution + label_height(args.resolution))
+        firsts = [sheet.crop(box) for sheet in sheets]
+        make_image_grid(firsts, 1, len(firsts)).save(folder / "steps.png")
+    return images
+
+
+# ---------- The machine: devices, signals, and what goes wrong there --------------------------------------------
+
+
+def start_accelerator(args):
+    """Quiets the libraries and returns the accelerator, with device, precision and trackers chosen.
+
+    Changes the process: verbosity and warnings of the libraries, accelerate's state, TF32.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the data loader forks
+    transformers.utils.logging.set_verbosity_error()
+    # diffusers calls it an error, and goes on, if a model has .bin files alone.
+    diffusers.utils.logging.set_verbosity(logging.CRITICAL)
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+    # The libraries warn about each other's deprecated calls.
+    warnings.filterwarnings("ignore", module="accelerate|diffusers|huggingface_hub|transformers")
+    warnings.filterwarnings("ignore", "Detected call of `lr_scheduler")  # when a run is resumed
+    for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("true", "1", "yes", "on"):
+            fail(f"ACCELERATE_USE_{name}", "a process cannot save the weights then; run `accelerate config default`")
+    # In a notebook the previous run's precision would stay in force.
+    accelerate.state.AcceleratorState._reset_state()
+    accelerator = accelerate.Accelerator(
+        # Otherwise accelerate ignores torchrun's processes on a CPU.
+        cpu=not torch.accelerator.is_available(),
+        # The plugin, as the plain argument loses against ACCELERATE_GRADIENT_ACCUMULATION_STEPS.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(args.gradient_accumulation_steps),
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_dir=os.path.join(args.output_dir, args.logging_dir),
+        # The other processes wait for the main one while it generates pictures or uploads.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))],
+        dataloader_config=DataLoaderConfiguration(non_blocking=True),
+    )
+    precision, device = accelerator.mixed_precision, accelerator.device.type
+    supported = ("no", "bf16") if device == "cpu" else ("no", "fp16", "bf16")
+    if precision not in supported:
+        fail(f"--mixed_precision {precision}", f"not supported on this {device}; give {' or '.join(supported)}")
+    # Accelerate leaves out what is not installed.
+    if args.report_to != "none" and not accelerator.log_with:
+        fail("--report_to", f"the package {args.report_to} is not installed; `pip install {args.report_to}`")
+    packages = {"enable_xformers_memory_efficient_attention": "xformers", "use_8bit_adam": "bitsandbytes"}
+    for name, package in packages.items():
+        if getattr(args, name) and not (importlib.util.find_spec(package) and device == "cuda"):
+            fail(f"--{name}", f"needs a CUDA GPU and the package {package}; `pip install {package}`, or leave it out")
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    return accelerator
+
+
+def build_optimizer(args, parameters, samples_per_step):
+    """AdamW (torch's or bitsandbytes') over what is trained, with --scale_lr applied."""
+    learning_rate = args.learning_rate
+    if args.scale_lr:
+        learning_rate *= samples_per_step * (2 if args.with_prior_preservation else 1)
+    settings = {
+        "lr": learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "weight_decay": args.adam_weight_decay,
+        "eps": args.adam_epsilon,
+    }
+    if args.use_8bit_adam:
+        return importlib.import_module("bitsandbytes").optim.AdamW8bit(parameters, **settings)
+    return torch.optim.AdamW(parameters, fused=True, **settings)
+
+
+def check_compiled(accelerator, model, vae, noise_scheduler, dataset, batch_size, parameters):
+    """Fails if a compiled model leaves parameters without gradients, as a compiler was seen to do."""
+    if accelerator.state.dynamo_plugin.backend.value == "NO":
+        return
+    # For a batch of another size it would compile again.
+    batch = collate_fn([dataset[draw] for draw in range(batch_size)])
+    batch = {key: values.to(accelerator.device) for key, values in batch.items()}
+    with failing_as("--dynamo_backend", "this model cannot be compiled here; leave it out"), accelerator.no_sync(model):
+        loss = diffusion_loss(model, vae, noise_scheduler, batch, prior_loss_weight=1)
+        gradients = torch.autograd.grad(1024 * loss, parameters)  # so that fp16 holds small ones
+        if not all(gradient.any() for gradient in gradients):
+            raise RuntimeError(f"torch {torch.__version__} makes gradients of zero")
+
+
+@contextlib.contextmanager
+def delayed_signals():
+    """Gives a list to which stop signals (preemption, Ctrl-C) are added; a second one ends the run."""
+    received, handlers = [], {}
+
+    def note(signal_number, frame):
+        received.append(signal_number)
+        signal.signal(signal_number, handlers[signal_number])
+
+    with contextlib.suppress(ValueError):  # Python handles signals in the main thread only
+        for signal_number in STOP_SIGNALS:
+            if signal.getsignal(signal_number) is not signal.SIG_IGN:  # as nohup sets for SIGHUP
+                handlers[signal_number] = signal.signal(signal_number, note)
+    try:
+        yield received
+    finally:
+        for signal_number, handler in handlers.items():
+            signal.signal(signal_number, handler)
+
+
+@contextlib.contextmanager
+def one_line_errors(output_dir):
+    """Ends the run with one line for what goes wrong in the machine, and frees its memory."""
+    try:
+        yield
+    except BaseException as error:
+        # Frees what the frames hold: workers, which Python would wait for, and models, which a notebook would keep.
+        traceback.clear_frames(error.__traceback__)
+        line = explain(error, output_dir)
+        if line:
+            fail(*line)
+        raise
+    finally:
+        gc.collect()  # Adam's state and the networks refer to each other in circles
+
+
+def explain(error, output_dir):
+    """Returns subject and problem of the line for an error of the machine, or None for any other."""
+    if isinstance(error, MemoryError):
+        return REMEDIES["out of memory"]
+    if isinstance(error, RuntimeError):
+        said = f"{error} {error.__cause__}"
+        for text, line in REMEDIES.items():
+            if text in said:
+                return line
+    if isinstance(error, OSError) and (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT)):
+        remedy = "check its name, permissions and disk; --resume_from_checkpoint latest goes on then"
+        return error.filename or output_dir, f"{error.strerror}; {remedy}"
+    return None
+
+
+# ---------- The run ---------------------------------------------------------------------------------------------
+
+
+def main(args):
+    """Trains what `args` (from `parse_args`) describe and leaves the result in args.output_dir.
+
+    Raises SystemExit with a line for what the user can mend, and with 128 + its number after a
+    signal.
+    """
+    with one_line_errors(args.output_dir):
+        train(args)
+
+
+def train(args):
+    """`main` without its care for errors."""
+    # Setup concepts, words and class pictures
+    concepts = read_concepts(args)
+    accelerator = start_accelerator(args)
+    tokenizers, base_tokenizers = load_tokenizers(args), load_tokenizers(args)  # these never see the words
+    word_ids, initializer_ids = zip(*(add_words(tokenizer, args) for tokenizer in tokenizers), strict=True)
+    check_prompts(tokenizers[0], concepts, modifier_tokens(args), is_prefixed=not args.noaug)
+    generate_class_images(args, accelerator, concepts)
+
+    # Setup models; the pipeline draws the validation pictures with the networks that are being trained
+    pipeline = load_pipeline(args, tokenizers, training_dtype(accelerator), Float32AttentionUNet)
+    noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    model = build_models(args, accelerator, pipeline, word_ids, initializer_ids)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    # Setup data, optimizer, schedule and result; go on from a checkpoint
+    dataset = build_dataset(args, accelerator, pipeline, concepts, base_tokenizers)
+    samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    steps_per_epoch = math.ceil(dataset.epoch_length / samples_per_step)
+    max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
+    optimizer = build_optimizer(args, trained, samples_per_step)
+    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, None, args.lr_warmup_steps, max_train_steps)
+    result = describe_result(args, concepts, pipeline, samples_per_step)
+    checkpoints = Checkpoints(result, accelerator, pipeline, optimizer, lr_scheduler, args.checkpoints_total_limit)
+    step = checkpoints.resume(args.resume_from_checkpoint)
+    draws = range(step * samples_per_step, max_train_steps * samples_per_step)
+    dataloader = build_dataloader(args, accelerator, dataset, args.train_batch_size, draws)
+    model, optimizer, dataloader = accelerator.prepare(model, optimizer, dataloader)
+    check_compiled(accelerator, model, pipeline.vae, noise_scheduler, dataset, args.train_batch_size, trained)
+    repository = start_reporting(args, accelerator)
+    checkpoints.claim_folder()
+    print_summary(accelerator, args, result, concepts, trained, max_train_steps, tokenizers[0], initializer_ids[0])
+
+    # Train: one optimizer step per gradient_accumulation_steps micro-batches
+    is_main = accelerator.is_main_process
+    if step == 0 and is_main:
+        validate(args, accelerator, pipeline, step)
+    stopped = False
+    step_loss = 0.0
+    progress = tqdm(total=max_train_steps, initial=step, desc="steps", disable=not is_main)
+    with delayed_signals() as signals, progress:
+        for batch in dataloader:
+            with accelerator.accumulate(model):
+                loss = diffusion_loss(model, pipeline.vae, noise_scheduler, batch, args.prior_loss_weight)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients and args.max_grad_norm:
+                    accelerator.clip_grad_norm_(trained, args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=args.set_grads_to_none)
+            step_loss = step_loss + loss.detach() / args.gradient_accumulation_steps
+            if not accelerator.sync_gradients:
+                continue
+            step += 1
+            report_step(accelerator, progress, step, step_loss, lr_scheduler.get_last_lr()[0])
+            step_loss = 0.0
+            lr_scheduler.step()
+            if signals:
+                accelerator.set_trigger()
+            stopped = accelerator.check_trigger()  # all processes stop after the same step
+            # No barrier is needed: the other processes wait where the next step averages the gradients.
+            if is_main and (stopped or step % args.checkpointing_steps == 0):
+                checkpoints.save(step)
+            if stopped:
+                break
+            if is_main and step % args.validation_steps == 0 and step < max_train_steps:
+                validate(args, accelerator, pipeline, step)
+
+    # Save, prove that the files load, draw the final pictures with them
+    if is_main and not stopped:
+        result.save(pipeline)
+        checkpoints.free()
+        finish(args, accelerator, result, pipeline, base_tokenizers, concepts, step, repository)
+    accelerator.wait_for_everyone()
+    # important: the model goes before the process group ends, as torch can hang otherwise.
+    (model,) = accelerator.free_memory(model)
+    accelerator.end_training()
+    if stopped:
+        accelerator.print(f"Stopped after step {step}; to go on: the same command with --resume_from_checkpoint latest")
+        raise SystemExit(128 + (signals[0] if signals else signal.SIGTERM))
+
+
+def finish(args, accelerator, result, pipeline, base_tokenizers, concepts, step, repository):
+    """Proves that the saved files load, draws the final pictures with them, and uploads the result.
+
+    The result is there: whatever else fails costs a warning. Files that load as something else end
+    the run.
+    """
+    images, checked = [], ""
+    with leaving_out("proof that the files load, and final pictures"):
+        prove_reload(result, accelerator, pipeline, base_tokenizers, concepts)
+        checked = "; loads as trained (checked)"
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    if checked and args.validation_prompt:
+        with leaving_out("final pictures"):
+            images = draw_final_pictures(args, accelerator, pipeline, step)
+    print(f"Saved to {result.folder}{checked}. To use it:\n")
+    print_usage(result, args, concepts)
+    if repository:
+        upload(result, args, concepts, [f"image_{i}.png" for i in range(len(images))], repository)
 
 
 if __name__ == "__main__":
-    gc.freeze()  # collections need not look at what the imports made: the one at exit alone takes a second
-    main(parse_args())
+    # Collections need not look at what the imports made: the one at exit alone takes a second.
+    gc.freeze()
+    main(arguments)

@@ -8,10 +8,13 @@ output_dir. As a script this module starts main under an observer:
 
 import collections
 import contextlib
+import errno
 import io
 import json
 import multiprocessing
 import os
+import resource
+import shutil
 import signal
 import sys
 import time
@@ -106,14 +109,14 @@ def record_tables(folder, rank):
     """Records the text encoders' frozen tables of embeddings as they are when the result is saved."""
     import train_custom_diffusion as trainer
 
-    save_weights = trainer.save_weights
+    save = trainer.Result.save
 
-    def recorded(place, args, pipeline, settings):
+    def recorded(result, pipeline, place=None):
         tables = [encoder.get_input_embeddings().table.weight for _, encoder in trainer.text_parts(pipeline)]
         torch.save(tables, beside(folder, "tables"))
-        return save_weights(place, args, pipeline, settings)
+        return save(result, pipeline, place)
 
-    trainer.save_weights = recorded
+    trainer.Result.save = recorded
 
 
 def record_losses_and_draw_fast(folder, rank):
@@ -132,7 +135,7 @@ def record_batches(folder, rank):
     import train_custom_diffusion as trainer
 
     record = {"pixels": [], "batches": [], "latents": [], "encoded_in_training": 0}
-    encode, add_noise, step = AutoencoderKL.encode, DDPMScheduler.add_noise, trainer.training_step
+    encode, add_noise, loss_of = AutoencoderKL.encode, DDPMScheduler.add_noise, trainer.diffusion_loss
 
     def recorded_encode(self, pixels, *args, **kwargs):
         record["encoded_in_training"] += bool(record["batches"])
@@ -143,13 +146,13 @@ def record_batches(folder, rank):
         record["latents"].append(latents.clone())
         return add_noise(self, latents, *args)
 
-    def recorded_step(*args, **kwargs):
+    def recorded_loss(*args, **kwargs):
         batch = batch_of((*args, *kwargs.values()))
         record["batches"].append({key: value.clone() for key, value in batch.items()})
-        return step(*args, **kwargs)
+        return loss_of(*args, **kwargs)
 
     AutoencoderKL.encode, DDPMScheduler.add_noise = recorded_encode, recorded_add_noise
-    trainer.training_step = recorded_step
+    trainer.diffusion_loss = recorded_loss
     return lambda: torch.save(record, beside(folder, f"batches{rank}"))
 
 
@@ -170,8 +173,7 @@ def watch_steps(folder, rank):
     """Counts, in the steps, what makes the host wait, forward passes of layers, and predictions in channels_last."""
     import diffusers.models.attention
     import transformers.models.clip.modeling_clip
-
-    import train_custom_diffusion as trainer
+    from accelerate import Accelerator
 
     found, under_way = {"waits": [], "FeedForward": 0, "CLIPMLP": 0, "channels_last": 0}, []
 
@@ -186,7 +188,7 @@ def watch_steps(folder, rank):
 
     count(diffusers.models.attention.FeedForward)
     count(transformers.models.clip.modeling_clip.CLIPMLP)
-    step, forward = trainer.training_step, UNet2DConditionModel.forward
+    accumulate, forward = Accelerator.accumulate, UNet2DConditionModel.forward
 
     def predict(*args, **kwargs):
         output = forward(*args, **kwargs)
@@ -195,14 +197,14 @@ def watch_steps(folder, rank):
 
     UNet2DConditionModel.forward = predict
 
+    @contextlib.contextmanager
     def watched(*args, **kwargs):
         under_way.append("step")
-        with WaitingOperations(found["waits"]):
-            loss = step(*args, **kwargs)
+        with WaitingOperations(found["waits"]), accumulate(*args, **kwargs):
+            yield
         under_way.pop()
-        return loss
 
-    trainer.training_step = watched
+    Accelerator.accumulate = watched
     return lambda: beside(folder, "json").write_text(json.dumps(found))
 
 
@@ -266,7 +268,7 @@ def watch_precision(folder, rank):
     """Notes for each call of the UNet whether it proves the reload, and whether TF32 is allowed."""
     import train_custom_diffusion as trainer
 
-    forward, probe, found, proving = UNet2DConditionModel.forward, trainer.probe, [], []
+    forward, prove, found, proving = UNet2DConditionModel.forward, trainer.prove_reload, [], []
 
     def watched(self, *args, **kwargs):
         found.append([bool(proving), torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32])
@@ -274,11 +276,10 @@ def watch_precision(folder, rank):
 
     def proved(*args):
         proving.append(args)
-        result = probe(*args)
+        prove(*args)
         proving.pop()
-        return result
 
-    UNet2DConditionModel.forward, trainer.probe = watched, proved
+    UNet2DConditionModel.forward, trainer.prove_reload = watched, proved
     return lambda: beside(folder, "json").write_text(json.dumps(found))
 
 
@@ -351,6 +352,52 @@ def run_out_of_memory(folder, rank):
         return add_noise(*args)
 
     DDPMScheduler.add_noise = fail
+
+
+def too_large_for_the_machine(folder, rank):
+    """The second step asks for more memory than any computer has."""
+    add_noise, steps = DDPMScheduler.add_noise, []
+
+    def ask(*args):
+        steps.append(args)
+        if len(steps) == 2:
+            torch.empty(2**50)
+        return add_noise(*args)
+
+    DDPMScheduler.add_noise = ask
+
+
+def nothing_can_be_deleted(folder, rank):
+    """Deleting a folder raises what NFS does while somebody reads a file in it."""
+    rmtree = shutil.rmtree
+
+    def refuse(path, *args, **options):
+        if ".deleted-" in str(path):
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+        rmtree(path, *args, **options)
+
+    shutil.rmtree = refuse
+
+
+def few_open_files(folder, rank):
+    """Allows the process to open few files more, as macOS does; a picture takes one step of the sampler."""
+    call = StableDiffusionPipeline.__call__
+
+    def draw(self, *args, num_inference_steps, **kwargs):
+        return call(self, *args, num_inference_steps=1, **kwargs)
+
+    StableDiffusionPipeline.__call__ = draw
+    opened = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 30, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+
+
+def no_memory_for_the_proof(folder, rank):
+    """Raises the error of a full GPU when diffusers loads the result."""
+
+    def fail(file, unet, options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GB")
+
+    before_loading(fail)(folder, rank)
 
 
 def take_long_in_a_step(folder, rank):
@@ -447,6 +494,17 @@ def load_nothing_in_the_trial(folder, rank):
 def change_the_unet(folder, rank):
     """The loader changes the UNet elsewhere, too."""
     before_loading(lambda file, unet, options: unet.conv_in.weight.data.add_(0.1))(folder, rank)
+
+
+def find_another_word(folder, rank):
+    """The loader of embeddings makes the tokenizer find another word, too."""
+    load = diffusers.StableDiffusionPipeline.load_textual_inversion
+
+    def find(pipeline, *args, **options):
+        load(pipeline, *args, **options)
+        pipeline.tokenizer.add_tokens("photo")
+
+    diffusers.StableDiffusionPipeline.load_textual_inversion = find
 
 
 def load_no_embedding(folder, rank):

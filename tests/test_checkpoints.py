@@ -3,6 +3,7 @@
 Runs are stopped by kills, signals and a full disk. What is left is complete, and `latest` goes on from it.
 """
 
+import json
 import math
 import os
 import re
@@ -28,7 +29,14 @@ from launching import (
     train,
     wait_until,
 )
-from observers import die_while_a_picture_is_written, hang_in_a_step, slow_disk, take_long_in_a_step
+from observers import (
+    die_while_a_picture_is_written,
+    hang_in_a_step,
+    nothing_can_be_deleted,
+    slow_disk,
+    take_long_in_a_step,
+    too_large_for_the_machine,
+)
 from PIL import Image
 from reading import WEIGHTS, load_trained, same_bits, training_state
 from safetensors.torch import load_file, save_file
@@ -56,6 +64,59 @@ def test_resume_a_launched_run(trained, plain_flags, tmp_path):
     folder = copy_run(trained, tmp_path / "run", "checkpoint-4")
     train(folder, resume_from_checkpoint="checkpoint-4", **plain_flags)
     assert same_bits(load_trained(folder), load_trained(trained))
+
+
+def touch_all(folder, seconds):
+    """Gives every file of a folder the same time, as unpacking, checking out or downloading does."""
+    for file in folder.rglob("*"):
+        os.utime(file, (seconds, seconds))
+
+
+def test_latest_is_the_last_step_whatever_the_files_times(undisturbed, six_steps, tmp_path):
+    """10 comes after 9 and 2, and the limit keeps it, if all files have one time, or the last the oldest."""
+    folder = copy_run(undisturbed, tmp_path / "run", "checkpoint-2", "checkpoint-4", "checkpoint-6")
+    touch_all(folder, 1e9)
+    touch_all(folder / "checkpoint-6", 9e8)
+    longer = six_steps | {"max_train_steps": 10, "resume_from_checkpoint": "latest"}
+    said = finish(start(folder, **longer), folder)
+    assert f"Resuming from {folder / 'checkpoint-6'}, step 6" in said
+    assert checkpoints(folder) == ["checkpoint-10", "checkpoint-8"]
+    touch_all(folder / "checkpoint-10", 9e8)
+    said = finish(start(folder, **longer), folder)
+    assert f"Resuming from {folder / 'checkpoint-10'}, step 10" in said
+
+
+def test_checkpoints_of_an_earlier_run_are_deleted_first(undisturbed, six_steps, tmp_path):
+    """A new run in the same folder: its own checkpoints are the latest, although the earlier run got further."""
+    folder = copy_run(undisturbed, tmp_path / "run", "checkpoint-4", "checkpoint-6")
+    fork(folder, **six_steps | {"max_train_steps": 3, "checkpointing_steps": 1})
+    assert checkpoints(folder) == ["checkpoint-2", "checkpoint-3"]
+    said = finish(start(folder, resume_from_checkpoint="latest", **six_steps), folder)
+    assert f"Resuming from {folder / 'checkpoint-3'}, step 3" in said
+    assert same_bits(load_trained(folder), load_trained(undisturbed))
+
+
+def test_checkpoint_that_cannot_be_deleted(undisturbed, six_steps, tmp_path):
+    """As on NFS while somebody reads a file of it: a warning; the next run sweeps it up."""
+    folder = tmp_path / "run"
+    said = finish(start(folder, observer=nothing_can_be_deleted, **six_steps), folder)
+    assert f"warning: {folder / 'checkpoint-2'} could not be deleted (Directory not empty)" in said
+    assert checkpoints(folder) == ["checkpoint-4", "checkpoint-6"] and list(folder.glob(".deleted-*"))
+    assert same_bits(load_trained(folder), load_trained(undisturbed))
+    (folder / ".unfinished-of-a-killed-run").mkdir()
+    fork(folder, **six_steps)
+    assert [file.name for file in folder.glob(".*")] == [".lock"]
+
+
+def test_checkpoint_of_an_older_version(undisturbed, six_steps, tmp_path):
+    """Its record lacks what later versions compare."""
+    folder = copy_run(undisturbed, tmp_path / "run", "checkpoint-4")
+    file = folder / "checkpoint-4" / "checkpoint.json"
+    record = json.loads(file.read_text())
+    del record["started"], record["settings"]["captions"], record["settings"]["base_model_fp16"]
+    file.write_text(json.dumps(record))
+    fork(folder, resume_from_checkpoint="latest", **six_steps)
+    assert same_bits(load_trained(folder), load_trained(undisturbed))
 
 
 # What does not fit or is damaged is refused. One process calls main for all of it.
@@ -542,6 +603,18 @@ def test_base_model_that_is_not_finite(part, sd1, six_steps, tmp_path):
     assert re.match(expected[part], said.splitlines()[-1]) and not list(folder.glob("*.bin"))
 
 
+# Memory
+
+
+@pytest.mark.parametrize("shown", [False, True])
+def test_computer_without_memory(shown, six_steps, tmp_path):
+    """What torch says on a CPU becomes one line as well, and its traceback is shown on demand."""
+    folder, env = tmp_path / "run", {"CUSTOM_DIFFUSION_TRACEBACK": "1"} if shown else {}
+    said = finish(start(folder, observer=too_large_for_the_machine, env=env, **six_steps), folder, status=1)
+    assert said.splitlines()[-1].startswith("error: out of memory: --gradient_checkpointing")
+    assert ("DefaultCPUAllocator" in said and "Traceback" in said) == shown
+
+
 # Two runs in one folder
 
 
@@ -588,6 +661,7 @@ def test_full_disk(six_steps, undisturbed, tmp_path):
     assert process.returncode == 1 and "Traceback" not in process.stderr, process.stderr
     assert "No space left on device" in line and "--resume_from_checkpoint latest" in line
     assert checkpoints(kept) == ["checkpoint-2"] and [file.name for file in kept.glob(".*")] == [".lock"]
+    assert not list(kept.rglob("*.unfinished"))
     check_complete(kept, undisturbed)
     fork(kept, resume_from_checkpoint="latest", **six_steps)
     assert same_bits(load_trained(kept), load_trained(undisturbed))

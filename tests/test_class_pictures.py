@@ -1,6 +1,7 @@
 """Class pictures: generated ones, real ones as retrieve.py leaves them, and plain folders."""
 
 import shlex
+import shutil
 import sys
 
 import numpy as np
@@ -127,7 +128,7 @@ def read(flags_list):
     from train_custom_diffusion import parse_args, read_concepts
 
     (concept,) = read_concepts(parse_args(flags_list))
-    return [(caption, file.resolve()) for file, caption in concept.class_images]
+    return [(caption, file.resolve()) for file, caption in concept.class_samples]
 
 
 def test_retrieved_pictures(sd1, world, monkeypatch):
@@ -136,6 +137,20 @@ def test_retrieved_pictures(sd1, world, monkeypatch):
     found = read(flags(**real_flags(sd1, world, class_data_dir="retrieved")))
     images = world / "retrieved" / "images"
     assert found == [(f"a cat, number {i}", (images / f"{i}.png").resolve()) for i in range(6)]
+
+
+def test_blank_line_takes_its_caption_along(sd1, world, tmp_path):
+    """Of images.txt, wherever it is."""
+    folder = tmp_path / "retrieved"
+    shutil.copytree(world / "cats", folder / "images")
+    for names, captions, expected in (
+        ("images/0.png\n\nimages/1.png\n", "a\nb\nc\n", [("a", "0.png"), ("c", "1.png")]),
+        ("\nimages/0.png\n\n", "a\nb\nc\n", [("b", "0.png")]),
+    ):
+        (folder / "images.txt").write_text(names)
+        (folder / "caption.txt").write_text(captions)
+        found = read(flags(**real_flags(sd1, world, class_data_dir=folder)))
+        assert [(caption, file.name) for caption, file in found] == expected
 
 
 def test_run_on_retrieved_pictures_counts_them(trained):

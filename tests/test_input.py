@@ -16,7 +16,7 @@ from pathlib import Path
 
 import packaging
 import pytest
-from launching import ROOT, SCRIPT, SECRET, flags, in_one_process, run
+from launching import ROOT, SCRIPT, SECRET, flags, in_one_process, python, run
 from packaging.requirements import Requirement
 from pictures import make_picture
 
@@ -325,10 +325,18 @@ def forbidden(name, mode, make=None, **values):
     return change
 
 
-def shared(*classes):
-    """Concepts that share a folder of generated class pictures."""
-    concept = CONCEPT | {"class_data_dir": "class"}
-    return with_class(concepts([concept | {"class_prompt": name} for name in classes]))
+def shared(*classes, folders=("class", "class")):
+    """Concepts whose folders of generated class pictures have these names."""
+    both = zip(classes, folders, strict=True)
+    return with_class(concepts([CONCEPT | {"class_prompt": name, "class_data_dir": path} for name, path in both]))
+
+
+def class_among_pictures(folder, model):
+    """A case in which a concept's class pictures are another one's instance pictures."""
+    shutil.copytree(folder / "cat", folder / "dog")
+    first = CONCEPT | {"class_prompt": "cat", "class_data_dir": "class"}
+    second = ELSEWHERE | {"class_prompt": "dog", "class_data_dir": str(folder / "cat")}
+    return with_class(concepts([first, second]))(folder, model)
 
 
 DATA = {
@@ -359,6 +367,19 @@ DATA = {
     "class key missing": (with_class(concepts([CONCEPT])), ["concept 1", "'class_prompt'"]),
     "second folder missing": (concepts([CONCEPT, ELSEWHERE]), ["instance_data_dir", "dog"]),
     "one folder for two classes": (shared("cat", "dog"), ["class_data_dir", "'cat'", "'dog'"]),
+    "one folder, written in two ways": (
+        shared("cat", "dog", folders=("class", "./cat/../class")),
+        ["class_data_dir", "'cat'", "'dog'"],
+    ),
+    "one folder, by a link": (
+        lambda folder, model: (
+            (folder / "class").mkdir()
+            or (folder / "link").symlink_to("class")
+            or shared("cat", "dog", folders=("class", "link"))(folder, model)
+        ),
+        ["class_data_dir", "'cat'", "'dog'"],
+    ),
+    "class pictures among another concept's": (class_among_pictures, ["instance_data_dir", "different folders"]),
     # class pictures
     "more images": (retrieved("images/0.png\nimages/0.png\n", "a\n"), ["class_data_dir", "images.txt", "caption.txt"]),
     "more captions": (retrieved("images/0.png\n", "a\nb\n"), ["class_data_dir", "images.txt", "caption.txt"]),
@@ -459,6 +480,36 @@ MODEL = {
     "token is a word": (
         given(modifier_token="cat", instance_prompt="a cat"),
         ["--modifier_token", "'cat'", "vocabulary"],
+    ),
+    "token is a word in other letters": (
+        given(modifier_token="Cat", instance_prompt="a Cat cat"),
+        ["--modifier_token", "'Cat'", "vocabulary"],
+    ),
+    "token is a piece in other letters": (
+        given(modifier_token="KTN", instance_prompt="a KTN cat"),
+        ["--modifier_token", "'KTN'", "vocabulary"],
+    ),
+    "token in the prompt in other letters, too": (
+        given(instance_prompt="a <new1> cat beside a <New1> pot"),
+        ["instance_prompt", "<new1>", "capitals"],
+    ),
+    "token in a caption in other letters, too": (
+        picture("0.txt", b"a <new1> cat, <NEW1>"),
+        ["cat/0.txt", "<new1>", "capitals"],
+    ),
+    "token in the class prompt": (
+        with_class(made("classes/"), class_data_dir="classes", class_prompt="a <new1> cat"),
+        ["class_prompt", "<new1>"],
+    ),
+    "token within a word of the class prompt": (
+        with_class(
+            made("classes/"),
+            class_data_dir="classes",
+            class_prompt="skatezebra",
+            modifier_token="Katez",
+            instance_prompt="a Katez cat",
+        ),
+        ["class_prompt 'skatezebra'", "Katez"],
     ),
     "token within another": (
         given(modifier_token="<new1>+<new1>x", instance_prompt="a <new1>x cat"),
@@ -744,6 +795,20 @@ def test_traceback_on_demand(folder):
     lines = process.stderr.splitlines()
     assert lines[0].startswith("Traceback") and any("UnidentifiedImageError" in line for line in lines)
     assert lines[-1].startswith("error: ") and "cat/fake.jpg" in lines[-1]
+
+
+def test_broken_package_in_a_notebook(tmp_path):
+    """The import raises an error, which ends no notebook, and garbage is collected as before."""
+    (tmp_path / "accelerate.py").write_text("raise RuntimeError('it is broken')")
+    code = """
+import gc
+try:
+    import train_custom_diffusion
+except RuntimeError as error:
+    print(error, gc.isenabled())
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    assert python(code, env=environment).stdout == "it is broken True\n"
 
 
 def test_retrieve_without_packages():

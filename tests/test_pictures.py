@@ -525,9 +525,9 @@ def test_class_pictures(folders, tmp_path):
 
 
 def test_large_pictures(folders, tmp_path, monkeypatch):
-    """Decoded once, for the first 64 of a folder, and made smaller before: what is trained on is nearly the same."""
+    """Decoded once, as far as the memory for it goes, and made smaller before: the picture is nearly the same."""
     (tmp_path / "large").mkdir()
-    image = make_picture(5, 1000, 800)
+    image = make_picture(5, 1008, 800)
     for i in range(66):
         image.save(tmp_path / "large" / f"{i:02d}.bmp")
     draws, _ = make_draws(folders, instance_data_dir=tmp_path / "large", noaug=True, center_crop=True)
@@ -538,10 +538,12 @@ def test_large_pictures(folders, tmp_path, monkeypatch):
         return read(file, *args, **options)
 
     monkeypatch.setattr(train_custom_diffusion, "load_picture", counted)
+    reduced = 126 * 100 * 3  # bytes: an eighth of 1008 x 800, as 1.4 * 64 is the largest scale of the shorter side
+    monkeypatch.setattr(train_custom_diffusion, "DECODED_BYTES", 65 * reduced - 1)
     for n in range(3 * 66):
         (sample,) = draws[n]
     assert sorted(opened.values()) == [1] * 64 + [3] * 2
-    expected = resized(image.crop((100, 0, 900, 800)), SIZE, SIZE)
+    expected = resized(image.crop((104, 0, 904, 800)), SIZE, SIZE)
     difference = np.abs(normalized(sample["pixels"].transpose(1, 2, 0)) - expected) * 127.5
     assert difference.max() < 6 and difference.mean() < 1.5, "of 255 levels"
 
@@ -586,6 +588,25 @@ def test_epoch_is_the_longer_of_both(folders, tmp_path):
             seen = [draws[n][kind]["pixels"].tobytes() for n in range(max(3, count))]
             assert len(set(seen)) == pictures
             assert max(map(seen.count, seen)) <= -(-max(3, count) // pictures)
+
+
+@pytest.mark.parametrize("width", [101, 102])
+def test_crop_leaves_a_sharp_alpha_sharp(width, tmp_path):
+    """A picture whose right half is transparent, cut to a square: no pixel becomes empty canvas or half transparent."""
+    image = Image.new("RGBA", (width, 64), (200, 50, 50, 255))
+    image.paste((50, 200, 50, 0), (width // 2, 0, width, 64))
+    (tmp_path / "mine").mkdir()
+    image.save(tmp_path / "mine" / "0.png")
+    (tmp_path / "class").mkdir()
+    values = {"noaug": True, "center_crop": True, "alpha_mask": True}
+    draws, _ = make_draws(tmp_path, **values)
+    left = (width - 64) // 2
+    (sample,) = draws[0]
+    found = sample["pixels"].transpose(1, 2, 0)
+    assert set(np.unique(found[..., 3])) == {1, 255}
+    shown = np.asarray(image)[:, left : left + 64]
+    shifted = np.asarray(image)[:, left + width % 2 : left + width % 2 + 64]
+    assert any(np.array_equal(found[..., :3], expected[..., :3]) for expected in (shown, shifted))
 
 
 # Captions

@@ -8,7 +8,9 @@ import copy
 import importlib.util
 import json
 import re
+import shlex
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -19,16 +21,19 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     StableDiffusionPipeline,
 )
-from launching import FAST, ROOT, finish, flags, fork, python, secrets_in, start, train
+from launching import FAST, ROOT, finish, flags, fork, python, run, secrets_in, start, train
 from models import EMBEDDED
 from observers import (
     change_a_number,
     change_the_unet,
     drop_a_layer,
+    few_open_files,
+    find_another_word,
     load_no_embedding,
     load_nothing,
     load_nothing_in_the_trial,
     no_memory_for_final_pictures,
+    no_memory_for_the_proof,
     truncate_weights,
     watch_final_pictures,
     watch_precision,
@@ -255,6 +260,47 @@ def test_final_pictures_that_fail(one_concept, tmp_path):
     assert load_trained(folder) and not (folder / "image_0.png").exists()
 
 
+def test_proof_that_fails(one_concept, tmp_path):
+    """Memory that is missing after the save costs the proof and the pictures, which a warning names."""
+    folder = tmp_path / "run"
+    values = one_concept | {"validation_prompt": "a <new1> cat", "max_train_steps": 1}
+    said = finish(start(folder, observer=no_memory_for_the_proof, **values), folder)
+    assert re.search("^warning: proof .*final pictures left out: CUDA out of memory", said, re.MULTILINE), said
+    assert f"Saved to {folder}. To use it" in said and "checked" not in said
+    assert load_trained(folder) and not (folder / "image_0.png").exists()
+
+
+def test_more_validations_than_files_may_be_open(one_concept, tmp_path):
+    """Every sheet is shown that is asked for; the others stay closed."""
+    folder = tmp_path / "run"
+    values = one_concept | {"validation_prompt": "a <new1> cat", "validation_steps": 1, "num_validation_images": 1}
+    said = finish(start(folder, observer=few_open_files, max_train_steps=45, **values), folder)
+    assert "warning" not in said and len(list((folder / "validation").iterdir())) == 46
+    assert Image.open(folder / "steps.png").size == (8 * 64, 64 + 16)
+    first, last = (np.asarray(Image.open(folder / "validation" / f"step-{i:06d}.png")) for i in (0, 45))
+    assert np.array_equal(np.asarray(Image.open(folder / "before_after.png")), np.concatenate([first, last]))
+
+
+MERGE_LINE = re.compile(r"^python scripts/merge\.py .*$", re.MULTILINE)
+
+
+def test_closing_lines_name_what_keeps_it_apart(one_concept, one_real_concept, tmp_path):
+    """Without class pictures: the command, which works as printed. With them it would take too much."""
+    folder = tmp_path / "my run"
+    said = finish(start(folder, max_train_steps=1, **one_concept), folder)
+    (line,) = MERGE_LINE.findall(said)
+    process = run(sys.executable, *shlex.split(line)[1:], cwd=ROOT)
+    assert process.returncode == 0, process.stderr
+    assert load_trained(tmp_path / "my run-apart").keys() == load_trained(folder).keys()
+    for name, values in {
+        "class pictures": one_real_concept,
+        "no word": one_concept | {"modifier_token": None},
+        "crossattn": one_concept | {"freeze_model": "crossattn"},
+    }.items():
+        said = finish(start(tmp_path / name, max_train_steps=1, **values), tmp_path / name)
+        assert not MERGE_LINE.findall(said)
+
+
 @pytest.mark.gpu
 def test_memory_of_final_pictures_on_a_gpu(one_concept, tmp_path):
     """At 1024 pixels in float32 the scores of unfused attention alone would take 4 GiB; the whole run takes less."""
@@ -309,7 +355,10 @@ def saved(proof_flags, tmp_path_factory):
     return fork(tmp_path_factory.mktemp("runs") / "run", **proof_flags)
 
 
-SABOTAGES = [truncate_weights, change_a_number, drop_a_layer, load_nothing, change_the_unet, load_no_embedding]
+SABOTAGES = [
+    truncate_weights, change_a_number, drop_a_layer, load_nothing, change_the_unet, load_no_embedding,
+    find_another_word,
+]  # fmt: skip
 
 
 @pytest.mark.slow

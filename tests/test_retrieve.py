@@ -270,6 +270,31 @@ def test_other_queries_of_openverse(name, other, web, local, tmp_path):
     assert [row[2] for row in read_set(tmp_path / "cat")] == urls
 
 
+def test_query_of_openverse_that_finds_nothing(web, local, tmp_path):
+    """The class itself or its plural may have no works, and others have some."""
+    urls = web.add_pictures(3)
+    asked = add_limited_openverse(web, {"cat photo": urls})
+    assert retrieve("cat", tmp_path / "a", 3, source="openverse", **local) == 3
+    assert [words for words, _ in asked] == ["cat", "cats", "cat photo"]
+    asked = add_limited_openverse(web, {"cat": urls[:1], "cat photo": urls[1:]})
+    assert retrieve("cat", tmp_path / "b", 3, source="openverse", **local) == 3
+    assert [words for words, _ in asked] == ["cat", "cats", "cat photo"]
+    add_limited_openverse(web, {})
+    with pytest.raises(RetrieveError, match="--openverse_url .*: found no pictures"):
+        retrieve("cat", tmp_path / "c", 3, source="openverse", **local)
+
+
+def test_token_that_has_expired(web, local, tmp_path, monkeypatch):
+    """Openverse's tokens are good for 12 hours."""
+    web.routes["/v1/images/"] = (401, {}, b"{}")
+    with pytest.raises(RetrieveError) as error:
+        retrieve("cat", tmp_path / "cat", 3, source="openverse", **local)
+    assert "OPENVERSE_TOKEN" not in str(error.value)
+    monkeypatch.setenv("OPENVERSE_TOKEN", "secret")
+    with pytest.raises(RetrieveError, match="HTTP 401; renew or unset OPENVERSE_TOKEN; give another --source$"):
+        retrieve("cat", tmp_path / "cat", 3, source="openverse", **local)
+
+
 def test_rate_limit_is_obeyed(web, local, tmp_path):
     """429 with Retry-After, as seconds and as a date; one that asks for hours ends the search."""
     web.add_openverse([openverse_entry(url) for url in web.add_pictures(1)])
@@ -632,6 +657,13 @@ def test_colour_profiles(web, local, tmp_path):
             assert np.abs(np.asarray(result, int) - expected).max() <= 3, name
 
 
+def test_floating_point_pictures():
+    """Values of 0 to 1, as the trainer reads them; larger ones are white."""
+    for value, expected in ((0.0, 0), (0.5, 128), (1.0, 255), (7.0, 255)):
+        (found,) = {*np.asarray(to_rgb(Image.new("F", (8, 8), value)), int).flatten()}
+        assert abs(found - expected) <= 1, value
+
+
 # The command line
 
 
@@ -864,7 +896,7 @@ def test_trainer_names_the_command_that_works(web, local, world, tmp_path):
     process = run(sys.executable, SCRIPT, *words, *flags(**local))
     assert process.returncode == 0, process.stderr
     (concept,) = read_concepts(args)
-    assert [caption for _, caption in concept.class_images] == [f"a cat, number {number}" for number in range(4)]
+    assert [caption for _, caption in concept.class_samples] == [f"a cat, number {number}" for number in range(4)]
 
 
 def test_from_python(tmp_path):

@@ -595,7 +595,7 @@ def test_killed_while_publishing(name, before, web, local, world, tmp_path):
     values |= {"instance_prompt": "a cat", "class_prompt": "cat", "num_class_images": 4}
     args = parse_args(flags(**values, with_prior_preservation=True, real_prior=True))
     if start and not torn:
-        assert len(read_concepts(args)[0].class_images) == before
+        assert len(read_concepts(args)[0].class_samples) == before
     else:
         with pytest.raises(SystemExit, match="retrieve.py"):
             read_concepts(args)

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -222,6 +223,17 @@ def test_printed_lines_make_a_picture(trained, tmp_path):
     assert Image.open(trained / "before_after.png").height > 2 * 64
 
 
+@pytest.mark.parametrize("word", ["it's", 'the "one"', "[cat]*"])
+def test_printed_lines_of_a_word_with_quotes_or_brackets(word, common, tmp_path):
+    values = {"concepts_list": None, "instance_data_dir": EMBEDDED.parent / "instance" / "cat", "class_prompt": "cat"}
+    values |= {"instance_prompt": f"photo of a {word} cat", "modifier_token": word, "with_prior_preservation": None}
+    values |= {"real_prior": None, "max_train_steps": 1}
+    said = finish(start(tmp_path / "run", **common | values), tmp_path / "run")
+    code = said.split("To use it:\n\n")[1].split("image = ")[0]
+    code += "print(len(pipeline.tokenizer), pipeline.tokenizer_2.convert_ids_to_tokens(49408))"
+    assert python(code).stdout.splitlines()[-1] == f"49409 {word}"
+
+
 @pytest.mark.slow
 def test_hub(common, sdxl_end, tmp_path):
     """From a base model of the hub to a card whose lines make a picture."""
@@ -232,7 +244,7 @@ def test_hub(common, sdxl_end, tmp_path):
         values |= {"push_to_hub": True, "hub_token": SECRET, "hub_model_id": "tester/xl-cat"}
         train(tmp_path / "run", env=hub.environment(), **values | {"learning_rate": 1e-3})
         card = hub.files("tester/xl-cat")["README.md"].decode()
-        assert "license: openrail++" in card and "- stable-diffusion-xl\n" in card
+        assert "license:" not in card and "- stable-diffusion-xl\n" in card
         code = card.split("```python\n")[1].split("```")[0].replace("=100", "=2")
         env = hub.environment(HF_HOME=str(tmp_path / "home"))
         process = run(sys.executable, "-c", code, cwd=tmp_path, env=env)
@@ -382,11 +394,21 @@ def test_vae_of_fp16(model, force_upcast, dtype, request):
     """XL's overflows in fp16 unless its configuration says otherwise."""
     args = trainer.parse_args(["--pretrained_model_name_or_path=" + str(request.getfixturevalue(model)),
                                "--instance_data_dir=d", "--instance_prompt=p", "--resolution=64"])  # fmt: skip
-    pipeline = trainer.load_pipeline(args, trainer.load_tokenizers(args))
+    pipeline = trainer.load_pipeline(args, trainer.load_tokenizers(args), torch.float16)
     pipeline.vae.register_to_config(force_upcast=force_upcast)
     accelerator = SimpleNamespace(mixed_precision="fp16", device=torch.device("cpu"))
-    trainer.build_models(args, accelerator, pipeline, [([], [])] * len(trainer.text_parts(pipeline)))
+    none = [[]] * len(trainer.text_parts(pipeline))
+    trainer.build_models(args, accelerator, pipeline, none, none)
     assert pipeline.vae.dtype == dtype and pipeline.unet.conv_in.weight.dtype == torch.float16
+
+
+def test_broken_part_is_not_the_other_tokenizers(sdxl, tmp_path):
+    """--tokenizer_name is fine; the model's second text encoder is not."""
+    model = shutil.copytree(sdxl, tmp_path / "model")
+    (model / "text_encoder_2" / "config.json").write_text("{")
+    options = {"pretrained_model_name_or_path": str(model), "revision": None, "tokenizer_name": str(sdxl / "tokenizer")}
+    with pytest.raises(SystemExit, match="error: --pretrained_model_name_or_path .*complete model"):
+        trainer.load_tokenizers(argparse.Namespace(**options))
 
 
 def test_refiner_is_refused(sdxl, tmp_path):

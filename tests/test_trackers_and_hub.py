@@ -7,6 +7,8 @@ repeat it. --push_to_hub and base models from the hub run against a hub on loopb
 import io
 import json
 import os
+import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -214,12 +216,14 @@ def pushed(sd1, one_concept, tmp_path_factory):
     """A run with a base model of the hub, pushed into a repository that is there already: the hub and the folder."""
     folder = tmp_path_factory.mktemp("pushed")
     out, old = folder / "my-cat", folder / "old"
+    base = shutil.copytree(sd1, folder / "base")
+    (base / "README.md").write_text("---\nlicense: openrail++\n---\n")
     for file in ("old/README.md", "old/<new1>.bin", "old/notes.md", "my-cat/train.log", "my-cat/wandb/run/logs.bin"):
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).write_bytes(b"\0of an earlier run" if file.endswith("bin") else b"of an earlier run")
     (out / ".<old>.bin.unfinished").write_bytes(b"left by a run that was killed")
     with Hub() as hub:
-        for repository, files in ((BASE, sd1), (REPOSITORY, old)):
+        for repository, files in ((BASE, base), (REPOSITORY, old)):
             process = run(HF, "upload", repository, files, env=hub.environment(HF_TOKEN=SECRET))
             assert process.returncode == 0, process.stderr
         values = {"pretrained_model_name_or_path": BASE, "revision": "main"}
@@ -259,7 +263,7 @@ def test_uploads_the_result_alone(pushed):
 def test_model_card(pushed):
     hub, out = pushed
     metadata, text = card_of(hub.files(REPOSITORY)["README.md"])
-    assert metadata["license"] == "creativeml-openrail-m" and metadata["base_model"] == BASE
+    assert metadata["license"] == "openrail++" and metadata["base_model"] == BASE, "as the base model's own card says"
     assert metadata["instance_prompt"] == INSTANCE_PROMPT
     assert set(metadata["tags"]) == {"text-to-image", "diffusers", "stable-diffusion", "custom-diffusion"}
     names = ["image_0.png", "image_1.png"]
@@ -303,43 +307,49 @@ def test_snippet_of_the_card_works(pushed, tmp_path):
 
 
 def test_failed_upload(two_real_concepts, sd1, tmp_path):
-    """All but the upload is done, and the hub's answer is told.
+    """All but the upload is done, and the hub's answer is told: the result is there, so this is a warning.
 
-    The command that the error names then uploads the result, and that alone.
+    The command that it names then uploads the result, and that alone, whatever characters a word has.
     """
     out = tmp_path / "my out"
     out.mkdir()
-    for name in ("secret.pem", "data.sqlite", "train.py", "<new9>.bin"):  # of the user's, and of an earlier run
+    # of the user's, and of an earlier run
+    for name in ("secret.pem", "data.sqlite", "train.py", "<new9>.bin", "n.bin", "other.bin"):
         (out / name).write_text("not of this run")
     folders = {name: str(tmp_path / name) for name in ("HF_HOME", "TMPDIR")}
     (tmp_path / "TMPDIR").mkdir()
     values = {"push_to_hub": True, "hub_token": SECRET, "report_to": "tensorboard"}
     values |= {"resolution": 64, "max_train_steps": 1, "checkpointing_steps": 1, "hub_model_id": "my-things"}
     with Hub(refused="/commit/") as hub:
+        listed = json.loads(Path(two_real_concepts["concepts_list"]).read_text())
+        for concept, word in zip(listed, ("[new]", "S*"), strict=True):
+            concept["instance_prompt"] = re.sub("<.*>", word, concept["instance_prompt"])
+        (tmp_path / "list.json").write_text(json.dumps(listed))
+        values |= {"modifier_token": "[new]+S*", "concepts_list": tmp_path / "list.json"}
         words = flags(**two_real_concepts | values, output_dir=out)
         process = run(sys.executable, SCRIPT, *words, env=hub.environment(**SECRETS, **folders))
-        assert process.returncode == 1 and "Traceback" not in process.stderr
-        assert "no, not you" in process.stderr
+        assert process.returncode == 0 and "Traceback" not in process.stderr, process.stderr
+        assert re.search("^warning: upload left out: .*no, not you", process.stderr, re.MULTILINE)
         assert all((out / name).exists() for name in (f"{WEIGHTS}.safetensors", "checkpoint-1", "logs"))
         assert secrets_in(tmp_path, process.stdout, process.stderr) == []
         assert hub.files("tester/my-things") == {} and hub.asked.count("POST /api/repos/create") == 1
 
         hub.refused = "$^"
-        (error,) = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
-        command = error.partition("; later: ")[2]
+        (line,) = [line for line in process.stderr.splitlines() if line.startswith("Everything is in ")]
+        command = line.partition("; later: ")[2]
         env = hub.environment(**SECRETS, **folders, PATH=f"{Path(sys.executable).parent}:/usr/bin:/bin")
         subprocess.run(command, shell=True, env=env, cwd=tmp_path, check=True, capture_output=True)
         files = hub.files("tester/my-things")
-        names = {f"{name}.{ending}" for name in (WEIGHTS, "<New1>", "<new2>") for ending in ("safetensors", "bin")}
+        names = {f"{name}.{ending}" for name in (WEIGHTS, "[new]", "S*") for ending in ("safetensors", "bin")}
         assert files.keys() == names | {"README.md"}
         assert all(content == (out / name).read_bytes() for name, content in files.items())
 
         # a base model that is a folder is none for the hub; the text names it
         metadata, text = card_of(files["README.md"])
-        assert "base_model" not in metadata and "widget" not in metadata and f"`{sd1}`" in text
-        assert metadata["instance_prompt"] == "photo of a <New1> cat, photo of a <new2> pot"
-        assert "`photo of a <New1> cat`, `photo of a <new2> pot`" in text and "image_" not in text
-        assert "pipeline('photo of a <New1> cat', " in text
+        assert not {"base_model", "widget", "license"} & metadata.keys() and f"`{sd1}`" in text
+        assert metadata["instance_prompt"] == "photo of a [new] cat, photo of a S* pot"
+        assert "`photo of a [new] cat`, `photo of a S* pot`" in text and "image_" not in text
+        assert "pipeline('photo of a [new] cat', " in text
         assert hub.unknown == []
 
 
