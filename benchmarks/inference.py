@@ -20,7 +20,6 @@ import train_custom_diffusion as trainer  # isort: skip, first: it quiets the li
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import logging
-from safetensors.torch import load_file
 from step import SIZES, describe_device, make_model, spread
 
 
@@ -28,19 +27,17 @@ def pipelines(model, device, dtype):
     """{"loaded": pipeline, "merged": pipeline} with the same weights, which differ from the model's own."""
     found = {name: StableDiffusionPipeline.from_pretrained(model) for name in ("trained", "loaded", "merged")}
     trained = found.pop("trained")
-    trainer.add_attention_processors(trained.unet, "crossattn_kv")
+    trained.unet.set_attn_processor(trainer.custom_diffusion_processors(trained.unet, "crossattn_kv"))
     for name, parameter in trained.unet.named_parameters():
         if "custom_diffusion" in name:
             parameter.data.mul_(1.1)
     with tempfile.TemporaryDirectory() as folder:
-        flags = argparse.Namespace(modifier_token=None, no_safe_serialization=False)
-        trainer.save_weights(Path(folder), flags, trained, {})
-        weights = f"{trainer.WEIGHTS_NAME}.safetensors"
-        found["loaded"].unet.load_attn_procs(folder, weight_name=weights, _pipeline=found["loaded"])
-        for name, value in load_file(f"{folder}/{weights}").items():
-            if value.numel():
-                own = name.replace(".processor", "").replace("_custom_diffusion", "")
-                found["merged"].unet.get_parameter(own).data.copy_(value)
+        result = trainer.Result(Path(folder), words=[], is_xl=False, settings={})
+        result.save(trained)
+        result.load_as_a_user(found["loaded"])
+        for name, value in result.read(trainer.WEIGHTS_NAME).items():
+            own = name.replace(".processor", "").replace("_custom_diffusion", "")
+            found["merged"].unet.get_parameter(own).data.copy_(value)
     return {name: pipeline.to(device, dtype) for name, pipeline in found.items()}
 
 

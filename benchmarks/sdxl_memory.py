@@ -94,7 +94,7 @@ def build():
         )
         args = trainer.parse_args(["--pretrained_model_name_or_path=m", "--instance_data_dir=d", "--instance_prompt=p"])
         accelerator = SimpleNamespace(mixed_precision="bf16", device=torch.device("meta"))
-        return trainer.build_models(args, accelerator, pipeline, [([49408], [0])] * 2)
+        return trainer.build_models(args, accelerator, pipeline, [[49408]] * 2, [[0]] * 2)
 
 
 def main():

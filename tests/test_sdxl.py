@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 from hub import Hub
-from launching import ROOT, SECRET, finish, fork, run, start, train
+from launching import ROOT, SECRET, finish, fork, python, run, start, train
 from models import EMBEDDED
 from observers import record_losses, record_tables
 from PIL import Image
