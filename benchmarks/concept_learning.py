@@ -28,7 +28,6 @@ import shlex
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path += [str(ROOT / "tools"), str(ROOT / "examples")]
 
 # ruff: noqa: E402
+import before_after
 import measure
 import world
 from before_after import WEIGHTS_NAME, draw_prompts, draw_row, generate, load_concept, load_pipeline, load_word, stack
@@ -142,14 +142,14 @@ ENVIRONMENT = {
     "MALLOC_TOP_PAD_": "268435456",
     "OMP_NUM_THREADS": "1",  # one-thread runs side by side are faster than runs of more threads in turn
 }
-NUM_IMAGES, NUM_CONTROLS = 16, 100
+NUM_IMAGES, NUM_CONTROLS, NUM_RENDERS = 16, 100, 8  # of a thing, of all controls, and true ones on a background
 
 
 def parse_args():
     """Reads the command line."""
     parser = argparse.ArgumentParser(description="Measure what the trainer teaches the embedded model.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="training seeds")
-    parser.add_argument("--quick", action="store_true", help="20 steps and one seed, to see that it works")
+    parser.add_argument("--quick", action="store_true", help="a step, a seed, few rough pictures: to see that it works")
     parser.add_argument("--prompts", choices=list(OPENINGS), default="final", help="the set that is judged")
     parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS), metavar="NAME", help="only these")
     parser.add_argument("--merge_flags", type=shlex.split, default=[], help="flags for scripts/merge.py, in one string")
@@ -161,7 +161,7 @@ def parse_args():
     parser.add_argument("flags", nargs="*", help="flags for the trainer, after --")
     args = parser.parse_args()
     if args.quick:
-        args.seeds, args.flags = args.seeds[:1], [*args.flags, "--max_train_steps", "20"]
+        args.seeds, args.flags = args.seeds[:1], [*args.flags, "--max_train_steps", "1"]
     return args
 
 
@@ -235,7 +235,7 @@ def judge_limits(pipeline, folder, prompts):
     results = {}
     for concept in TOKENS:
         words = {thing: judge_thing(pipeline, folder, prompts, concept, thing)[concept] for thing in WORDS[concept]}
-        rng, backgrounds = random.Random(SEEDS[prompts]), 8 * BACKGROUNDS[prompts][concept]
+        rng, backgrounds = random.Random(SEEDS[prompts]), NUM_RENDERS * BACKGROUNDS[prompts][concept]
         renders = [world.render_concept(concept, background, rng)[0] for background in backgrounds]
         with torch.no_grad():
             pixels = pipeline.image_processor.preprocess(renders).to(pipeline.device)
@@ -251,9 +251,13 @@ def judge_limits(pipeline, folder, prompts):
 # ---------- Runs ------------------------------------------------------------------------------------------------
 
 
-def use_model(model):
-    """Sets the base model, in each process."""
+def set_up(model, is_quick):
+    """Sets, in each process, the base model and, with --quick, how few pictures there are."""
+    global NUM_IMAGES, NUM_CONTROLS, NUM_RENDERS
     MODEL[1] = model
+    if is_quick:
+        NUM_IMAGES, NUM_CONTROLS, NUM_RENDERS = 1, 2, 1
+        before_after.INFERENCE_STEPS = 2
 
 
 def folder_of(name, seed, *key):
@@ -306,8 +310,9 @@ def export(name, seed, result, rank):
 
 def measures(folder, prompts, concepts, limits=False):
     """Draws and measures what a folder holds, unless that was done; with `limits` it is the base model."""
-    key = repr((BACKGROUNDS[prompts], OPENINGS[prompts], SEEDS[prompts], WORDS, NUM_IMAGES, NUM_CONTROLS)).encode()
-    file = folder / f"{prompts} {hashlib.sha256(key).hexdigest()[:6]}.json"
+    settings = (BACKGROUNDS[prompts], OPENINGS[prompts], SEEDS[prompts], WORDS, NUM_IMAGES, NUM_CONTROLS)
+    digest = hashlib.sha256(repr((*settings, NUM_RENDERS, before_after.INFERENCE_STEPS)).encode()).hexdigest()
+    file = folder / f"{prompts} {digest[:6]}.json"
     if file.exists():
         return json.loads(file.read_text())
     pipeline = load_pipeline(ROOT / MODEL[1])
@@ -335,7 +340,7 @@ def background_measures(folder, prompts):
         if is_trained:
             load_concept(pipeline, folder, [TOKENS["cat"]])
         results = judge_thing(pipeline, folder, prompts, "cat", f"{TOKENS['cat']} cat")["cat"]
-        openings = OPENINGS[prompts] * (2 * NUM_IMAGES // len(OPENINGS[prompts]))
+        openings = OPENINGS[prompts] * max(1, 2 * NUM_IMAGES // len(OPENINGS[prompts]))
         thing = f"{TOKENS['cat']} cat" if is_trained else "cat"
         images = draw(pipeline, [opening.format(thing=thing) for opening in openings], SEEDS[prompts])
         show(folder / prompts, "no background asked for", images)
@@ -492,15 +497,17 @@ def main():
     for k in args.cache_latents or ():
         runs[f"{k} cached"] = (["cat"], [*WITH_PRIOR, "--cache_latents", str(k)])
     render_pictures()
-    use_model(args.model)
-    with ProcessPoolExecutor(min(4, os.cpu_count()), get_context("spawn"), use_model, (args.model,)) as pool:
+    settings = (args.model, args.quick)
+    set_up(*settings)
+    with ProcessPoolExecutor(min(4, os.cpu_count()), initializer=set_up, initargs=settings) as pool:
         sources = {name for _, flags in runs.values() if flags[0] in RUNS for name in flags}
         trainings = {name: RUNS.get(name, runs.get(name))[1] for name in [*sources, *runs]}
         trainings = {name: [*flags, *args.flags] for name, flags in trainings.items() if flags[0] not in RUNS}
         jobs = {(n, seed): pool.submit(train, n, seed, trainings[n]) for seed in args.seeds for n in trainings}
         folders = {key: job.result() for key, job in jobs.items()}
         if args.shared_background:
-            return report(background_table(pool, folders, prompts), f"{prompts} backgrounds")
+            report(background_table(pool, folders, prompts), f"{prompts} backgrounds")
+            return
         base = pool.submit(measures, folder_of("base", 0), prompts, list(TOKENS), limits=True)
         for name, (_, flags) in runs.items():
             for seed in args.seeds if name not in trainings else ():

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_custom_diffusion as trainer  # isort: skip, first: it quiets the libraries
 import torch
 from diffusers import StableDiffusionPipeline
-from safetensors.torch import load_file
+from diffusers.utils import logging
 from step import SIZES, describe_device, make_model, spread
 
 
@@ -27,33 +27,34 @@ def pipelines(model, device, dtype):
     """{"loaded": pipeline, "merged": pipeline} with the same weights, which differ from the model's own."""
     found = {name: StableDiffusionPipeline.from_pretrained(model) for name in ("trained", "loaded", "merged")}
     trained = found.pop("trained")
-    trainer.add_attention_processors(trained.unet, "crossattn_kv")
+    trained.unet.set_attn_processor(trainer.custom_diffusion_processors(trained.unet, "crossattn_kv"))
     for name, parameter in trained.unet.named_parameters():
         if "custom_diffusion" in name:
             parameter.data.mul_(1.1)
     with tempfile.TemporaryDirectory() as folder:
-        flags = argparse.Namespace(modifier_token=None, no_safe_serialization=False)
-        trainer.save_weights(Path(folder), flags, trained, {})
-        weights = f"{trainer.WEIGHTS_NAME}.safetensors"
-        found["loaded"].unet.load_attn_procs(folder, weight_name=weights, _pipeline=found["loaded"])
-        for name, value in load_file(f"{folder}/{weights}").items():
-            if value.numel():
-                name = name.replace(".processor", "").replace("_custom_diffusion", "")
-                found["merged"].unet.get_parameter(name).data.copy_(value)
+        result = trainer.Result(Path(folder), words=[], is_xl=False, settings={})
+        result.save(trained)
+        result.load_as_a_user(found["loaded"])
+        for name, value in result.read(trainer.WEIGHTS_NAME).items():
+            own = name.replace(".processor", "").replace("_custom_diffusion", "")
+            found["merged"].unet.get_parameter(own).data.copy_(value)
     return {name: pipeline.to(device, dtype) for name, pipeline in found.items()}
 
 
 @torch.no_grad()
 def main():
     parser = argparse.ArgumentParser(description="Time a prediction with loaded and with merged weights.")
-    parser.add_argument("--size", choices=SIZES, default="mid2")
+    sizes = [name for name, size in SIZES.items() if not size.text_2]  # without XL
+    parser.add_argument("--size", choices=sizes, default="mid2")
     parser.add_argument("--rounds", type=int, default=15, help="how often each has its turn")
     args = parser.parse_args()
+    logging.set_verbosity_error()
     device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
     networks = {name: pipeline.unet for name, pipeline in pipelines(make_model(args.size), device, dtype).items()}
-    cells, size = SIZES[args.size].resolution // 8, SIZES[args.size]
+    size = SIZES[args.size]
+    cells = size.resolution // 8
     latents = torch.randn(2, 4, cells, cells, device=device, dtype=dtype)
-    hidden = torch.randn(2, 77, size.text, device=device, dtype=dtype)
+    hidden = torch.randn(2, 77, size.text[0], device=device, dtype=dtype)
     seconds, outputs = {name: [] for name in networks}, {}
     for _ in range(args.rounds + 2):
         for name, unet in networks.items():

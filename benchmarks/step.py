@@ -119,7 +119,7 @@ def make_model(name):
     folder, size = MODELS / f"{name}-transformers-{metadata.version('transformers')}", SIZES[name]
     if folder.exists():
         return folder
-    os.environ["DIFFUSERS_VERBOSITY"] = "error"
+    os.environ |= {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
     import diffusers
     import torch
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -276,13 +276,17 @@ class Worker:
 
         DDPMScheduler.add_noise = obedient
         if self.setup.script == TRAINER:
-            init = self.script.Checkpoints.__init__
+            init, build_dataset = self.script.Checkpoints.__init__, self.script.build_dataset
 
             def initialized(checkpoints, *args):
                 init(checkpoints, *args)
                 self.checkpoints = checkpoints
 
-            self.script.Checkpoints.__init__ = initialized
+            def built(*args):
+                self.run = args
+                return build_dataset(*args)
+
+            self.script.Checkpoints.__init__, self.script.build_dataset = initialized, built
 
     def count(self):
         """Starts to count FLOPs: uncompiled, and on a CPU with attention written out, which the counter knows there."""
@@ -355,16 +359,19 @@ class Worker:
         if self.setup.script != TRAINER:
             return None
         self.checkpoints.save(0)
-        folder = self.checkpoints.output_dir / "checkpoint-0"
+        folder = self.checkpoints.result.folder / "checkpoint-0"
         return sum(file.stat().st_size for file in folder.iterdir())
 
     def pictures(self):
         """Peak in bytes while the trainer ends a run: proves that the result loads, and draws. No step can follow."""
-        run, script = self.checkpoints, self.script
-        run.args.validation_prompt = "photo"
-        script.save_weights(run.output_dir, run.args, run.pipeline, run.settings)
+        result = self.checkpoints.result
+        args, accelerator, pipeline, concepts, base_tokenizers = self.run
+        args.validation_prompt = "photo"
+        result.save(pipeline)
+        self.checkpoints.free()
         self.memory()
-        script.validate(run.args, run.accelerator, script.prove_reload(run.args, run.pipeline), 1)
+        self.script.prove_reload(result, accelerator, pipeline, base_tokenizers, concepts)
+        self.script.validate(args, accelerator, pipeline, 1)
         return self.memory()
 
 
@@ -500,22 +507,22 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 def startup(rounds):
     """Markdown table: seconds from a command to what it is for, interleaved."""
-    words = ["--pretrained_model_name_or_path=assets/model", "--instance_data_dir=assets/instance/cat"]
-    words += ["--instance_prompt=photo of a <new1> cat", "--modifier_token=<new1>", "--resolution=128"]
-    words += ["--max_train_steps=1"]
+    flags = ["--pretrained_model_name_or_path=assets/model", "--instance_data_dir=assets/instance/cat"]
+    flags += ["--instance_prompt=photo of a <new1> cat", "--modifier_token=<new1>", "--resolution=128"]
+    flags += ["--max_train_steps=1"]
     script = [sys.executable, "train_custom_diffusion.py"]
     commands = {
         "everything imported eagerly (DIFFUSERS_SLOW_IMPORT=1)": [sys.executable, "-c", IMPORTS],
         "the usual imports": [sys.executable, "-c", IMPORTS],
-        "the trainer's first step, embedded model": [*script, *words, "--report_to=none"],
+        "the trainer's first step, embedded model": [*script, *flags, "--report_to=none"],
         "--help": [*script, "--help"],
     }
     times = {name: [] for name in commands}
     for _ in range(rounds):
-        for name, command in commands.items():
+        for name, words in commands.items():
             env = os.environ | {"HF_HUB_OFFLINE": "1"} | ({"DIFFUSERS_SLOW_IMPORT": "1"} if "eager" in name else {})
             with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as log:
-                command = [*command, f"--output_dir={folder}/run"] if "first step" in name else command
+                command = [*words, f"--output_dir={folder}/run"] if "first step" in name else words
                 start = time.perf_counter()
                 process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.PIPE)
                 if "first step" in name:
@@ -541,7 +548,8 @@ def data(rounds):
 
     import train_custom_diffusion as trainer
 
-    kinds = {"decoded once": {}, "decoded at every draw": dict.fromkeys(range(64))}  # the latter takes no more pictures
+    # what is decoded is kept as far as there is room, here for none
+    kinds = {"decoded once": 0, "decoded at every draw": trainer.DECODED_BYTES}
     rates = {kind: {workers: [] for workers in (0, 2, 4)} for kind in kinds}
     tokenizer = [CLIPTokenizer.from_pretrained(ROOT / "assets" / "model" / "tokenizer")]
     with tempfile.TemporaryDirectory() as folder:
@@ -552,7 +560,7 @@ def data(rounds):
             options = {"center_crop": False, "hflip": True, "alpha_mask": False, "aug": True}
             options |= {"num_train_timesteps": 1000, "seed": 0}
             dataset = trainer.CustomDiffusionDataset(concepts, tokenizer, tokenizer, 512, (4, 64, 64), **options)
-            dataset.decoded = dict(kinds[kind])
+            dataset.decoded_bytes = kinds[kind]
             loader = DataLoader(dataset, 4, sampler=range(144), collate_fn=trainer.collate_fn, num_workers=workers)
             for i, _ in enumerate(loader):
                 if i == 15:  # by now every worker has met every picture

@@ -15,11 +15,10 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-from concept_learning import ENVIRONMENT, ROOT, WITH_PRIOR, folder_of, measures, span, table
+from concept_learning import ENVIRONMENT, MODEL, ROOT, WITH_PRIOR, folder_of, measures, set_up, span, table
 
 MEASURES = ("colour", "layout", "background", "shape")
 
@@ -46,8 +45,11 @@ def main():
     parser = argparse.ArgumentParser(description="Measure the time that it takes to learn a concept.")
     parser.add_argument("--reference", type=os.path.abspath, required=True, help="the example script of diffusers")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="training seeds")
+    parser.add_argument("--quick", action="store_true", help="a step, a seed, few rough pictures: to see that it works")
     parser.add_argument("flags", nargs="*", help="flags for all, after --")
     args = parser.parse_args()
+    if args.quick:
+        args.seeds, args.flags = args.seeds[:1], [*args.flags, "--max_train_steps", "1", "--num_class_images", "2"]
     ours, flags = str(ROOT / "train_custom_diffusion.py"), [*WITH_PRIOR, *args.flags]
     runs = {
         # what diffusers writes as .safetensors it cannot load
@@ -62,7 +64,8 @@ def main():
             done[name].append(train(f"time of {name}", seed, script, words))
             print(f"  {name}, seed {seed}: {done[name][-1][1]:.0f} s", file=sys.stderr, flush=True)
     os.environ.update(ENVIRONMENT)
-    with ProcessPoolExecutor(min(4, os.cpu_count()), get_context("spawn")) as pool:
+    settings = (MODEL[1], args.quick)
+    with ProcessPoolExecutor(min(4, os.cpu_count()), initializer=set_up, initargs=settings) as pool:
         jobs = {name: [pool.submit(measures, folder, "final", ["cat"]) for folder, _ in done[name]] for name in runs}
         results = {name: [job.result() for job in found] for name, found in jobs.items()}
     rows, seconds = [], {name: np.array([seconds for _, seconds in done[name]]) for name in runs}

@@ -91,7 +91,8 @@ def load_word(pipeline, file, token):
     from safetensors.torch import load_file
 
     if not hasattr(pipeline, "text_encoder_2"):
-        return pipeline.load_textual_inversion(file.parent, weight_name=file.name, token=token)
+        pipeline.load_textual_inversion(file.parent, weight_name=file.name, token=token)
+        return
     word = torch.load(file, weights_only=True) if file.suffix == ".bin" else load_file(file)
     for name, end in (("clip_l", ""), ("clip_g", "_2")):
         parts = {part: getattr(pipeline, part + end) for part in ("text_encoder", "tokenizer")}

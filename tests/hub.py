@@ -69,17 +69,21 @@ class Handler(BaseHTTPRequestHandler):
         hub.asked.append(request)
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if token and token not in hub.tokens:
-            return self.fail(401, "Invalid credentials in Authorization header")
+            self.fail(401, "Invalid credentials in Authorization header")
+            return
         if re.search(hub.refused, request):
-            return self.fail(403, "no, not you")
+            self.fail(403, "no, not you")
+            return
         for pattern, answer, writes in ROUTES:
             match = re.fullmatch(pattern, request)
             if match:
                 if writes and not token:
-                    return self.fail(401, "Invalid username or password.")
+                    self.fail(401, "Invalid username or password.")
+                    return
                 with hub.lock:
                     hub.writers |= {token} if writes else set()
-                    return answer(self, **{name: part for name, part in match.groupdict().items() if part})
+                    answer(self, **{name: part for name, part in match.groupdict().items() if part})
+                return
         hub.unknown += [request] if f"{USER}/" in path else []
         self.fail(404, "Not found")
 
@@ -128,7 +132,8 @@ class Handler(BaseHTTPRequestHandler):
     def put_object(self, oid):
         """The address alone lets write, as on the hub's storage; the content must be the one announced."""
         if hashlib.sha256(self.body).hexdigest() != oid:
-            return self.fail(422, "other content than announced")
+            self.fail(422, "other content than announced")
+            return
         self.server.objects[oid] = self.body
         self.answer({})
 
@@ -146,14 +151,16 @@ class Handler(BaseHTTPRequestHandler):
             if line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile" and value["oid"] not in self.server.objects:
-                return self.fail(400, f"no object of {value['path']}")
+                self.fail(400, f"no object of {value['path']}")
+                return
             elif line["key"] == "lfsFile":
                 files[value["path"]] = self.server.objects[value["oid"]]
             elif line["key"] == "deletedFile":
                 del files[value["path"]]
         error = card_error(files.get("README.md", b"").decode())
         if error:
-            return self.fail(400, error)
+            self.fail(400, error)
+            return
         commit = self.server.commit(repository, files)
         url = f"{self.server.url}/{repository}/commit/{commit}"
         self.answer({"success": True, "commitUrl": url, "commitOid": commit, "hookOutput": ""})
@@ -179,11 +186,13 @@ class Handler(BaseHTTPRequestHandler):
             return
         commit, files = self.find(repository, revision)
         if path not in files:
-            return self.fail(404, "Entry not found", "EntryNotFound")
+            self.fail(404, "Entry not found", "EntryNotFound")
+            return
         file = entry(path, files[path])
         headers = {"X-Repo-Commit": commit, "ETag": f'"{file["oid"]}"'}
         if "lfs" not in file:
-            return self.answer(files[path], 200, headers)
+            self.answer(files[path], 200, headers)
+            return
         oid = file["lfs"]["oid"]
         headers |= {"X-Linked-Size": file["size"], "X-Linked-ETag": f'"{oid}"'}
         self.answer(b"", 302, headers | {"Location": f"{self.server.storage}/{oid}"})
@@ -206,6 +215,7 @@ class Handler(BaseHTTPRequestHandler):
             self.fail(404, "Invalid rev id", "RevisionNotFound")
         else:
             return True
+        return False
 
     def read_body(self):
         if self.headers.get("Transfer-Encoding") != "chunked":
@@ -279,3 +289,4 @@ def card_error(content):
         return f"no YAML: {error}"
     if not isinstance(base_model, str) or not HUB_ID.fullmatch(base_model):
         return f'"base_model" with value "{base_model}" is not valid. Use a model id from https://hf.co/models.'
+    return None

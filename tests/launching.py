@@ -5,10 +5,12 @@ import contextlib
 import json
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -99,6 +101,14 @@ def refusals_of(calls, cwd="."):
 # Forked processes: they save the seconds that the imports take
 
 
+def forkserver():
+    """The context of processes that are forked from one that has imported the trainer."""
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["preloaded"])
+    return context
+
+
 def main_in_child(words, folder, observer, env, cwd):
     """Calls main in a forked process; everything that it prints goes to <folder>.log."""
     for name, value in env.items():
@@ -124,9 +134,7 @@ def start(folder, processes=1, observer=None, env=None, cwd=None, of_rank=None, 
     environment variables (None removes one), `of_rank` the flags in which a process differs from the others.
     """
     values = {"output_dir": folder} | FAST | values
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["preloaded"])
+    context = forkserver()
     places = [{}]
     if processes > 1:
         with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
@@ -157,6 +165,30 @@ def fork(folder, status=0, **values):
     """Runs main to its end in forked processes; returns the folder."""
     finish(start(folder, **values), folder, status)
     return folder
+
+
+def script_in_child(script, words, outputs, cwd):
+    """Runs a Python file as `python FILE` does, but that its imports are made."""
+    os.setsid()
+    for number, output in zip((1, 2), outputs, strict=True):
+        os.dup2(os.open(output, os.O_WRONLY | os.O_APPEND), number)
+    os.chdir(cwd or ".")
+    multiprocessing.set_start_method("fork", force=True)  # python's own; here it would be that of this process
+    sys.argv = [str(script), *words]
+    sys.path.insert(0, str(Path(script).parent))
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def fork_script(script, *words, cwd=None):
+    """Runs a Python file in a forked process; returns it as `run` does, whatever its exit status."""
+    with contextlib.ExitStack() as stack:
+        outputs = [stack.enter_context(tempfile.NamedTemporaryFile("r")) for _ in range(2)]
+        arguments = ([str(word) for word in words], [output.name for output in outputs], cwd)
+        child = forkserver().Process(target=script_in_child, args=(script, *arguments))
+        child.start()
+        atexit.register(child.kill)
+        child.join(600)
+        return subprocess.CompletedProcess([script, *words], child.exitcode, *(output.read() for output in outputs))
 
 
 def wait_until(condition, seconds=300):

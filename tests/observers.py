@@ -212,7 +212,8 @@ def record_files_and_weights(folder, rank):
     """Notes what the process creates, writes, renames or deletes beside output_dir, and records the final weights."""
     from accelerate import Accelerator
 
-    watched, notes = str(folder.parent), open(beside(folder, f"files{rank}"), "w", buffering=1)
+    watched = str(folder.parent)
+    notes = open(beside(folder, f"files{rank}"), "w", buffering=1)  # noqa: SIM115 (open until the process ends)
 
     def watch(event, details):
         changes = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
@@ -329,9 +330,12 @@ def die_while_a_picture_is_written(folder, rank):
             return save(image, target, *args, **options)
         content = io.BytesIO()
         save(image, content, "PNG")
-        stream = target if hasattr(target, "write") else open(target, "wb")
-        stream.write(content.getvalue()[:1000])
-        stream.flush()
+        half = content.getvalue()[:1000]
+        if hasattr(target, "write"):
+            target.write(half)
+            target.flush()
+        else:
+            Path(target).write_bytes(half)
         os._exit(9)
 
     Image.Image.save = save_half

@@ -184,8 +184,8 @@ def refusals(trained, sd2, plain_flags, tmp_path_factory):
         spoil(folder / name / file)
     before = sorted(folder.rglob("*"))
     calls = {}
-    for name, (values, _) in REFUSED.items():
-        values = FAST | plain_flags | {"output_dir": folder, "resume_from_checkpoint": "checkpoint-4"} | values
+    for name, (changed, _) in REFUSED.items():
+        values = FAST | plain_flags | {"output_dir": folder, "resume_from_checkpoint": "checkpoint-4"} | changed
         if values["pretrained_model_name_or_path"] == "SD2":
             values["pretrained_model_name_or_path"] = sd2
         cwd = values.pop("cwd")

@@ -184,9 +184,19 @@ ARGUMENTS = {
     ),
     **{
         f"{name} 0": ({name: 0}, [f"--{name}"])
-        for name in """train_batch_size gradient_accumulation_steps num_train_epochs max_train_steps resolution
-            num_class_images sample_batch_size checkpointing_steps checkpoints_total_limit validation_steps
-            num_validation_images""".split()
+        for name in (
+            "train_batch_size",
+            "gradient_accumulation_steps",
+            "num_train_epochs",
+            "max_train_steps",
+            "resolution",
+            "num_class_images",
+            "sample_batch_size",
+            "checkpointing_steps",
+            "checkpoints_total_limit",
+            "validation_steps",
+            "num_validation_images",
+        )
     },
     **{
         f"token of the hub with {tracker}": ({"hub_token": SECRET, "report_to": tracker}, ["--hub_token", tracker])

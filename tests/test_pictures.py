@@ -278,8 +278,8 @@ def test_square_picture_follows_the_recipe(size):
     """The guide's recipe for every kind of scale, placement read back from the pixels."""
     image, rng = make_picture(1, 90, 90), np.random.default_rng(0)
     places = set()
-    for scale in [*np.linspace(size // 3, size, 25, dtype=int), *np.linspace(int(1.2 * size), int(1.4 * size) - 1, 8)]:
-        scale = int(scale)
+    scales = [*np.linspace(size // 3, size, 25), *np.linspace(int(1.2 * size), int(1.4 * size) - 1, 8)]
+    for scale in map(int, scales):
         pixels, _, mask = place_instance(image, scale, size, FACTOR, rng)
         pixels = normalized(pixels)
         assert pixels.shape == (size, size, 3)

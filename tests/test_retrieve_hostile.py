@@ -358,7 +358,7 @@ def test_many_slow_addresses(web, local, contacts, tmp_path, monkeypatch, capsys
     start = time.monotonic()
     retrieve("cat", tmp_path / "cat", 1, source="clip-retrieval", **local | {"timeout": 1.0, "connect_timeout": 0.3})
     assert time.monotonic() - start < 3 and "1 timed out" in capsys.readouterr().out
-    assert 3 <= contacts.count("8.8.4.4")
+    assert contacts.count("8.8.4.4") >= 3
 
 
 def test_slow_handshake(web, local, tmp_path, capsys):

@@ -1,17 +1,15 @@
 """Ways to take the same step: what must not change its result, and that the host waits for no device.
 
-Gradient checkpointing, freed gradients, compilation, cached latents, and the benchmark that compares them.
+Gradient checkpointing, freed gradients, compilation and cached latents.
 """
 
-import importlib.util
 import json
 import os
 import re
-import shutil
 
 import pytest
 import torch
-from launching import FAST, LAUNCHERS, ROOT, SCRIPT, finish, flags, fork, python, run, start
+from launching import FAST, LAUNCHERS, SCRIPT, finish, flags, fork, run, start
 from observers import compile_wrongly, record_batches, watch_steps
 from PIL import Image
 from reading import distance, fresh_pipeline, load_trained, movement, same_bits
@@ -221,73 +219,3 @@ def test_other_number_on_resuming_is_refused(recorded, cached, tmp_path):
     fork(tmp_path / "run", status=1, **values)
     line = (tmp_path / "run.log").read_text().splitlines()[-1]
     assert line.startswith("error: --resume_from_checkpoint") and "cache_latents 3" in line and "2" in line
-
-
-# The benchmarks
-
-
-@pytest.mark.slow
-def test_benchmark(tmp_path):
-    """Another script's step is measured beside the trainer's: here a copy, which does the same work; cached, less."""
-    shutil.copy(SCRIPT, tmp_path / "another.py")
-    code = f"""if True:
-        import json, sys
-        sys.path.insert(0, {str(ROOT / "benchmarks")!r})
-        import step
-        setups = step.tables("tiny", {str(tmp_path / "another.py")!r})["variants"][:3]
-        rows = step.measure(setups, "tiny", 1, 1, ("checkpoint", "flops"))
-        step.print_table("variants", rows)
-        print(json.dumps(rows))"""
-    *table, rows = python(code).stdout.splitlines()
-    reference, exact, cached = rows = json.loads(rows)
-    assert [row["name"] for row in rows] == ["reference fp32", "exact fp32", "cached fp32"]
-    assert reference["flops"] == exact["flops"] > cached["flops"] > 0
-    assert "VAE" in exact["parts"] and "VAE" not in cached["parts"]
-    assert reference["checkpoint"] is None and exact["checkpoint"] > 0
-    for row in rows:
-        assert len(row["times"]) == 1 and min(row["times"]) > 0
-        assert min(row["parts"].values()) >= 0 and row["parts"]["rest"] > 0  # the parts are no more than the whole
-        assert any(line.startswith(f"| {row['name']} |") for line in table)
-
-
-@pytest.mark.slow
-def test_benchmark_of_the_data():
-    """Here with small pictures, so that only the form of its table counts."""
-    code = f"""if True:
-        import sys
-        sys.path.insert(0, {str(ROOT / "benchmarks")!r})
-        import step
-        make = step.make_pictures
-        step.make_pictures = lambda folder, count, size, cell: make(folder, count, (80, 60), cell)
-        step.data(1)"""
-    *_, once, at_every_draw = python(code).stdout.splitlines()
-    for line, name in ((once, "decoded once"), (at_every_draw, "decoded at every draw")):
-        assert re.fullmatch(rf"\| {name} (\| \d+ \(\d+-\d+\) ){{3}}\|", line)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(bool(importlib.util.find_spec("torchvision")), reason="torchvision is installed")
-def test_benchmark_without_torchvision():
-    said = python(ROOT / "benchmarks" / "step.py", "--size=tiny", "--rounds=1", "--only=cached fp32$", "--reference=x")
-    assert "The reference is left out: it needs torchvision." in said.stdout and "| cached fp32 |" in said.stdout
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there fp16 is supported")
-def test_benchmark_for_a_gpu():
-    """Its table, here of tiny models on a CPU, which it says; a row that fails says why, and the next one runs."""
-    process = python(ROOT / "benchmarks" / "gpu.py", "--size=tiny", "--only=XL|fp16")
-    first, _, head, _, xl, fp16 = process.stdout.splitlines()
-    assert first.endswith("there is no GPU here")
-    columns = head.count("|")
-    assert re.fullmatch(r"\| XL, cached bf16, checkpointing \| 1 \+ 1 (\| [\d.]+[^|]* ){6}\|", xl)
-    assert fp16.startswith("| cached fp16 | 2 + 2 | failed: error: --mixed_precision fp16")
-    assert xl.count("|") == fp16.count("|") == columns
-    rows = json.loads((ROOT / "results" / "step" / "gpu.json").read_text())["rows"]
-    assert len(rows) == 1 and rows[0]["pictures"] > 0 and rows[0]["flops"] > 0
-
-
-def test_benchmark_for_a_gpu_ends_in_time():
-    process = python(ROOT / "benchmarks" / "gpu.py", "--size=tiny", "--minutes=0")
-    rows = process.stdout.splitlines()[4:]
-    assert len(rows) == 10 and all("| failed: no time left |" in row for row in rows)

@@ -203,8 +203,8 @@ def steps_by_hand(model, record, projections, prior_loss_weight):
         gradients["table"] = gradients["table"] * mask
         norm = sum(g.square().sum() for g in gradients.values()).sqrt()
         with torch.no_grad():
-            for name, gradient in gradients.items():
-                gradient = gradient * min(1, 1 / (norm + 1e-6))
+            for name, unclipped in gradients.items():
+                gradient = unclipped * min(1, 1 / (norm + 1e-6))
                 first, second = moments[name]
                 first.mul_(0.9).add_(0.1 * gradient)
                 second.mul_(0.999).add_(0.001 * gradient**2)
@@ -266,7 +266,7 @@ def test_noise_is_normal_and_timesteps_spread(recorded_sd1, recorded_sd2):
     assert abs(noise.mean()) < 0.15 and abs(noise.std() - 1) < 0.1
     assert not torch.equal(recorded_sd1[1]["noised"][0][1], recorded_sd2[1]["noised"][0][1])  # another seed
     timesteps = torch.cat([step[2] for step in recorded_sd1[1]["noised"]])
-    assert len(timesteps.unique()) == len(timesteps) and 0 <= timesteps.min() and timesteps.max() < 1000
+    assert len(timesteps.unique()) == len(timesteps) and timesteps.min() >= 0 and timesteps.max() < 1000
 
 
 @pytest.fixture(scope="module")

@@ -43,8 +43,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-UNSEEN = 500  # the last pictures, on which the autoencoder is measured
-CHUNK = 500  # pictures that one rendering task makes
+CHUNK = 500  # pictures that one rendering task makes, at most
 # of the instance pictures; benchmarks and examples show the concepts on others
 INSTANCE_BACKGROUNDS = {
     "cat": ["blue", "white", "beach", "black", "night"],
@@ -60,8 +59,12 @@ def parse_args():
     stages = ["render", "vae", "latents", "diffusion", "finish", "xl", "finish_xl", "all"]
     parser.add_argument("--stage", choices=stages, default="all")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu", help="cpu (two processes of one thread) or cuda (one process).")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda.")
+    parser.add_argument("--num_processes", type=int, default=2, help="That train side by side on the CPU.")
     parser.add_argument("--num_images", type=int, default=40_000)
+    parser.add_argument("--num_unseen", type=int, default=500, help="The last ones, which measure the autoencoder.")
+    parser.add_argument("--num_renders", type=int, default=50, help="Of each concept, for the limits of its scores.")
+    parser.add_argument("--num_prompts", type=int, default=100, help="Of the scores in the model card.")
     parser.add_argument("--vae_steps", type=int, default=5500)
     parser.add_argument("--diffusion_steps", type=int, default=7000)
     parser.add_argument("--xl_text_steps", type=int, default=1500, help="In which the second text encoder begins.")
@@ -83,9 +86,10 @@ def images_to_tensor(images):
 
 # ------------------------------------------------------------------------------------------------- render
 def render_chunk(task):
-    """Renders CHUNK pictures from a seed: uint8 array (CHUNK, 128, 128, 3) and their attributes."""
-    rng = random.Random(task)
-    attributes = [world.sample_pretraining(rng) for _ in range(CHUNK)]
+    """Renders the pictures of a task, (seed, number): uint8 array (number, 128, 128, 3) and their attributes."""
+    seed, number = task
+    rng = random.Random(seed)
+    attributes = [world.sample_pretraining(rng) for _ in range(number)]
     return np.stack([np.asarray(world.render(a, rng)) for a in attributes]), [asdict(a) for a in attributes]
 
 
@@ -93,10 +97,11 @@ def render_dataset(args):
     """Writes images.npy, uint8 (num_images, 128, 128, 3), and attributes.json."""
     shape = (args.num_images, world.SIZE, world.SIZE, 3)
     images = np.lib.format.open_memmap(args.work_dir / "images.npy", "w+", np.uint8, shape)
-    attributes, tasks = [], [f"{args.seed} {i}" for i in range(args.num_images // CHUNK)]
+    starts, attributes = range(0, args.num_images, CHUNK), []
+    tasks = [(f"{args.seed} {i}", min(CHUNK, args.num_images - start)) for i, start in enumerate(starts)]
     with Pool(os.cpu_count()) as pool:
-        for i, (chunk, records) in enumerate(pool.imap(render_chunk, tasks)):
-            images[i * CHUNK : (i + 1) * CHUNK] = chunk
+        for start, (chunk, records) in zip(starts, pool.imap(render_chunk, tasks), strict=True):
+            images[start : start + len(chunk)] = chunk
             attributes += records
     images.flush()
     (args.work_dir / "attributes.json").write_text(json.dumps(attributes))
@@ -183,7 +188,7 @@ def run_process(rank, function, args, store):
     """Runs a training function as one of the processes, with one thread on a CPU."""
     if store:
         torch.set_num_threads(1)
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=args.num_processes)
     function(args, rank)
     if store:
         dist.destroy_process_group()
@@ -191,11 +196,12 @@ def run_process(rank, function, args, store):
 
 def launch(function, args):
     """Runs a training function on the device: on CPU two one-thread processes beat one two-thread process by 1.4x."""
-    if args.device != "cpu":
-        return run_process(0, function, args, None)
+    if args.device != "cpu" or args.num_processes == 1:
+        run_process(0, function, args, None)
+        return
     store = (args.work_dir / "processes").absolute()
     store.unlink(missing_ok=True)
-    mp.spawn(run_process, (function, args, store), nprocs=2)
+    mp.spawn(run_process, (function, args, store), nprocs=args.num_processes)
 
 
 # ------------------------------------------------------------------------------------------------- autoencoder
@@ -220,7 +226,7 @@ def build_vae():
 def sample_crops(images, n, side, rng):
     """`n` random square crops, half of them from the middle, where the object is: (n, 3, side, side) in [-1, 1]."""
     crops = []
-    for i in rng.integers(0, len(images) - UNSEEN, n):
+    for i in rng.integers(0, len(images), n):
         margin = 16 if side < world.SIZE and rng.random() < 0.5 else 0
         y, x = rng.integers(margin, world.SIZE - side - margin + 1, 2)
         crop = images[i, y : y + side, x : x + side]
@@ -253,7 +259,7 @@ def vae_loss(vae, images, progress):
 def train_vae(args, rank):
     """Trains the autoencoder on 64-pixel crops, at the end on whole pictures, and saves its moving average."""
     torch.manual_seed(args.seed)
-    images = np.load(args.work_dir / "images.npy", mmap_mode="r")
+    images = np.load(args.work_dir / "images.npy", mmap_mode="r")[: -args.num_unseen]
     vae = build_vae().to(args.device)
     training = Training(args, rank, "vae", [{"params": list(vae.parameters()), "weight_decay": 1e-4}], 0.995)
     while training.step < args.vae_steps:
@@ -753,12 +759,13 @@ def reconstruct(vae, images):
     return ((decoded.permute(0, 2, 3, 1).clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
 
 
-def measure_ceilings(vae):
-    """Rows of a table: the concept measures on true renders and on their reconstructions, 50 each."""
+def measure_ceilings(vae, count):
+    """Rows of a table: the concept measures on `count` true renders and on their reconstructions."""
     rows = []
     for kind in INSTANCE_BACKGROUNDS:
         rng, backgrounds = random.Random(1), world.concept_backgrounds(kind)
-        renders = np.stack([np.asarray(world.render_concept(kind, rng.choice(backgrounds), rng)[0]) for _ in range(50)])
+        renders = [world.render_concept(kind, rng.choice(backgrounds), rng)[0] for _ in range(count)]
+        renders = np.stack([np.asarray(image) for image in renders])
         for name, images in (("true renders", renders), ("through the autoencoder", reconstruct(vae, renders))):
             color = np.mean([measure.concept_color(image, kind) for image in images])
             layout = np.mean([measure.concept_layout(image, kind) for image in images])
@@ -767,8 +774,8 @@ def measure_ceilings(vae):
 
 
 def judge(pipeline, args):
-    """Prompts of 100 held-out combinations, a pipeline's picture for each, and their scores."""
-    prompts = world.eval_prompts(100, seed=1)
+    """Prompts of held-out combinations, a pipeline's picture for each, and their scores."""
+    prompts = world.eval_prompts(args.num_prompts, seed=1)
     images = generate(pipeline, [caption for caption, _ in prompts], args.guidance_scale, seed=1)
     return prompts, images, measure.score(prompts, images)
 
@@ -779,7 +786,7 @@ def evaluate(args):
     pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     prompts, images, scores = judge(pipeline, args)
     save_sheet(images[:20], folder / "samples.jpg")
-    unseen = np.load(args.work_dir / "images.npy", mmap_mode="r")[-UNSEEN:]
+    unseen = np.load(args.work_dir / "images.npy", mmap_mode="r")[-args.num_unseen :]
     errors = np.mean((reconstruct(pipeline.vae, unseen) - unseen.astype(float)) ** 2, (1, 2, 3))
     rng = random.Random(2)
     truth = measure.score(prompts, [world.render(attributes, rng) for _, attributes in prompts])
@@ -787,7 +794,7 @@ def evaluate(args):
     return {
         "scores": [f"| {k} | {v['accuracy']:.2f} | {truth[k]['accuracy']:.2f} | {v['n']} |" for k, v in scores.items()],
         "psnr": float(np.mean(10 * np.log10(255**2 / errors))),
-        "ceilings": measure_ceilings(pipeline.vae),
+        "ceilings": measure_ceilings(pipeline.vae, args.num_renders),
         "captions": [f"{i + 1}. {caption}" for i, (caption, _) in enumerate(prompts[:20])],
         "sizes": {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in parts.items()},
     }
@@ -843,16 +850,16 @@ The autoencoder trained for {args.vae_steps:,} steps, and the text encoder and U
 
 ## Scores
 
-`tools/measure.py` scored one picture for each of 100 prompts with combinations that were left out of the training. It
-uses no learned model. The pictures were drawn with DPM-Solver++, 25 steps and guidance {args.guidance_scale:g}. The
-third column gives the scores of true renders.
+`tools/measure.py` scored one picture for each of {args.num_prompts} prompts with combinations that were left out of
+the training. It uses no learned model. The pictures were drawn with DPM-Solver++, 25 steps and guidance
+{args.guidance_scale:g}. The third column gives the scores of true renders.
 
 | measure | model | true renders | n |
 | --- | --- | --- | --- |
 {chr(10).join(values["scores"])}
 
-The autoencoder reconstructs {UNSEEN} pictures that it has not seen with a mean PSNR of
-{values["psnr"]:.1f} dB. On true pictures of the two concepts (50 each), the concept measures
+The autoencoder reconstructs {args.num_unseen} pictures that it has not seen with a mean PSNR of
+{values["psnr"]:.1f} dB. On true pictures of the two concepts ({args.num_renders} each), the concept measures
 reach these values. A trained concept can't do better:
 
 | concept | pictures | colour | layout |
@@ -921,8 +928,9 @@ were enlarged, with the conditions that say so. An empty prompt is zeros, as in 
 
 ## Scores
 
-`tools/measure.py` scored one picture for each of 100 prompts with combinations that were left out of the training, as
-for the other model: the same prompts and settings (DPM-Solver++, 25 steps, guidance {args.guidance_scale:g}).
+`tools/measure.py` scored one picture for each of {args.num_prompts} prompts with combinations that were left out of
+the training, as for the other model: the same prompts and settings (DPM-Solver++, 25 steps, guidance
+{args.guidance_scale:g}).
 
 | measure | this model | the other model | n |
 | --- | --- | --- | --- |
