@@ -346,7 +346,7 @@ with slow_imports():
     with contextlib.suppress(ImportError):
         importlib.import_module("pillow_heif").register_heif_opener()  # for phones' pictures
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-# How far a prediction may be from another one, as a share of its largest value, when attention is computed otherwise.
+# How far a prediction may be from the same one, as a share of its largest value.
 ROUNDING = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 XL_NAMES = ("clip_l", "clip_g")  # of a word's embeddings for SDXL's two text encoders
 SCHEDULER_SETTINGS = (  # that say how a model was trained
@@ -1389,8 +1389,8 @@ def prove_reload(result, accelerator, pipeline, base_tokenizers, concepts):
     diffusers' `load_attn_procs` installs nothing, silently, without `_pipeline`, so nothing is
     taken on trust. The base networks are still in memory, frozen to the bit: what was trained is
     taken out of them, and the files are loaded into the same networks, so no second copy is needed.
-    What was trained must be equal to the last bit of the type that the networks have; the
-    prediction within rounding, as diffusers installs another attention kernel.
+    What was trained must be equal to the last bit of the type that the networks have, every prompt
+    must have the same tokens, and the prediction must be the same within rounding.
     """
     torch.backends.cuda.matmul.allow_tf32 = False  # its rounding would pass for a difference
     # What was trained, what it predicts, and how it reads the prompts
@@ -1418,8 +1418,13 @@ def prove_reload(result, accelerator, pipeline, base_tokenizers, concepts):
     for (i, prompt), expected in ids.items():
         if base_tokenizers[i](prompt).input_ids != expected:
             fail(result.folder, f"{problem} text of {prompt!r}")
+    # What diffusers' loader installs is not fused, which takes far more memory at large sizes.
+    unet, attention = pipeline.unet, attention_state_dict(pipeline.unet)
+    unet.set_attn_processor(attention_processor.AttnProcessor2_0())
+    unet.set_attn_processor(custom_diffusion_processors(unet, result.settings["freeze_model"]))
+    unet.to(accelerator.device).load_state_dict(attention, strict=False)
     difference = (predict(accelerator, pipeline, prompts[0]) - prediction).abs().max()
-    if not difference <= ROUNDING[pipeline.unet.dtype] * prediction.abs().max():
+    if not difference <= ROUNDING[unet.dtype] * prediction.abs().max():
         fail(result.folder, f"{problem} prediction")
 
 
@@ -1741,11 +1746,6 @@ def validate(args, accelerator, pipeline, step):
 
 def draw_final_pictures(args, accelerator, pipeline, step):
     """Draws the final pictures and puts them beside those of earlier steps; returns them."""
-    # What diffusers' loader installs is not fused: it takes far more memory at large sizes.
-    loaded = attention_state_dict(pipeline.unet)
-    pipeline.unet.set_attn_processor(attention_processor.AttnProcessor2_0())
-    pipeline.unet.set_attn_processor(custom_diffusion_processors(pipeline.unet, args.freeze_model))
-    pipeline.unet.to(accelerator.device).load_state_dict(loaded, strict=False)
     images = validate(args, accelerator, pipeline, step)
     folder = Path(args.output_dir)
     for i, image in enumerate(images):
