@@ -1428,17 +1428,13 @@ def prove_reload(result, accelerator, pipeline, base_tokenizers, concepts):
         fail(result.folder, f"{problem} prediction")
 
 
-def print_usage(result, args, concepts):
-    """Prints how to use the result and, without class pictures, the command that keeps it apart."""
-    prompt = args.validation_prompt or concepts[0].instance_prompt
-    print(result.lines(args, prompt, str(result.folder)))
-    if result.words and args.freeze_model == "crossattn_kv" and not args.with_prior_preservation:
-        command = ["python", "scripts/merge.py", str(result.folder)]
-        for name in ("pretrained_model_name_or_path", "revision", "variant", "tokenizer_name"):
-            if getattr(args, name):
-                command += [f"--{name}", getattr(args, name)]
-        command += ["--output_dir", f"{result.folder}-apart"]
-        print(f"\nTo keep what else the model knows as it was (docs/merging.md):\n\n{shlex.join(command)}")
+def merge_command(result, args):
+    """The command that keeps the concept apart from the rest of the model (docs/merging.md)."""
+    command = ["python", "scripts/merge.py", str(result.folder)]
+    for name in ("pretrained_model_name_or_path", "revision", "variant", "tokenizer_name"):
+        if getattr(args, name):
+            command += [f"--{name}", getattr(args, name)]
+    return shlex.join([*command, "--output_dir", f"{result.folder}-apart"])
 
 
 def upload(result, args, concepts, pictures, repository):
@@ -1911,8 +1907,11 @@ def finish(args, accelerator, result, pipeline, base_tokenizers, concepts, step,
     if checked and args.validation_prompt:
         with leaving_out("final pictures"):
             images = draw_final_pictures(args, accelerator, pipeline, step)
-    print(f"Saved to {result.folder}{checked}. To use it:\n")
-    print_usage(result, args, concepts)
+    if result.words and args.freeze_model == "crossattn_kv" and not args.with_prior_preservation:
+        # Without class pictures the class has changed as well.
+        print(f"To keep what else the model knows as it was: {merge_command(result, args)}")
+    prompt = args.validation_prompt or concepts[0].instance_prompt
+    print(f"Saved to {result.folder}{checked}. To use it:\n\n{result.lines(args, prompt, str(result.folder))}")
     if repository:
         upload(result, args, concepts, [f"image_{i}.png" for i in range(len(images))], repository)
 
