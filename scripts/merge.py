@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
-"""Join concepts that were trained apart, or keep one concept apart from the rest of the model, in closed form.
+"""Join concepts that were trained apart, or keep one apart from the rest of the model, in closed form.
 
-One result: the new word keeps what it has learned, and everything else changes back towards what it was:
-    python scripts/merge.py results/cat --pretrained_model_name_or_path assets/model --output_dir results/cat-apart
+One result: the new word keeps what it has learned, and everything else changes back towards the base model:
+    python scripts/merge.py results/cat --pretrained_model_name_or_path assets/model \\
+        --output_dir results/cat-apart
 
 Several results: their words work together in one model:
     python scripts/merge.py results/cat results/pot --pretrained_model_name_or_path assets/model \\
         --rename "results/pot:<new1>=<new2>" --output_dir results/merged
 
-Takes minutes on a CPU, and needs neither a GPU nor pictures: keys and values of the cross-attention see text features
-alone.
+Takes minutes on a CPU, and needs neither a GPU nor pictures: keys and values of the cross-attention
+see text features alone.
 """
 
 import dataclasses
@@ -74,10 +75,11 @@ ENDINGS = (
     " in front of a mountain",
     " with a hat",
 )
-PADDING = 10  # tokens after the end that count: they see the whole prompt, but all 60 would outweigh its words
+# Tokens after the end that count. They see the whole prompt, but all 60 would outweigh its words.
+PADDING = 10
 CAPTIONS = Path(__file__).with_name("captions.txt")
 # What a phrase does not end with: punctuation, and words that lead to what was cut off.
-CONNECTING = "a|an|and|at|behind|beside|by|for|from|in|is|my|near|next|of|on|or|the|to|under|with|without"
+CONNECTING = "a|an|and|at|behind|beside|by|for|from|in|is|my|near|next|of|on|or|the|to|under|with"
 DANGLING = re.compile(rf"(\s+({CONNECTING})|[\s,.;:])*$")
 
 
@@ -125,18 +127,19 @@ def gram(features):
 
 
 def filters(concepts, classes, captions, weight, class_weight, ridge):
-    """Returns a matrix (dim, dim) for each concept by which its trained change of any key or value is multiplied.
+    """Returns a matrix (dim, dim) for each concept, by which its trained changes are multiplied.
 
-    `concepts` and `classes` are lists of text features (n, dim), of prompts with the new word and of the same prompts
-    without it; `captions` (n, dim) are those of everything else. The new weights W minimize
+    `concepts` and `classes` are lists of text features (n, dim), of prompts with the new word and of
+    the same prompts without it; `captions` (n, dim) are those of everything else. The new weights W
+    of any key or value minimize
 
         ridge s |W - W0|^2 + mean |(W - W0) r|^2 + class_weight sum_i mean |(W - W0) c_i|^2
             + weight sum_i mean |(W - W_i) f_i|^2
 
-    over the features r of captions, c_i of classes and f_i of concepts, where W0 are the base model's weights, W_i
-    those trained for concept i, and s the mean square of a number in r. The minimum is W = W0 + sum_i (W_i - W0) M_i
-    with M_i = weight G_i A^-1, where G_i is the mean of f_i^T f_i and A the sum of all four terms' means: the same
-    matrices for every layer.
+    over the features r of captions, c_i of classes and f_i of concepts, where W0 are the base
+    model's weights, W_i those trained for concept i, and s the mean square of a number in r. The
+    minimum is W = W0 + sum_i (W_i - W0) M_i with M_i = weight G_i A^-1, where G_i is the mean of
+    f_i^T f_i and A the sum of all four terms' means: the same matrices for every layer.
     """
     wanted = [weight * gram(features) for features in concepts]
     kept = gram(captions) + ridge * captions.square().mean() * torch.eye(captions.shape[1]).double()
@@ -146,25 +149,29 @@ def filters(concepts, classes, captions, weight, class_weight, ridge):
 
 
 def exact_filters(concepts, captions, ridge):
-    """The same by Kumari et al. (2023), section 3.3: W f = W_i f for every feature of a concept, as a constraint.
+    """The same by Kumari et al. (2023), section 3.3: W f = W_i f for all features of the concepts.
 
-    Among such weights, those that move the captions' keys and values least: with the concepts' features in the rows of
-    C, their targets in the columns of V, and S the mean of r^T r over the captions, W = W0 + (V - W0 C^T) (d C^T)^-1 d
-    with d = C S^-1. Nearly equal features contradict each other where concepts differ, so `ridge` softens the
-    constraints: it is added to the diagonal of d C^T. As (d C^T + ridge)^-1 d = C (C^T C + ridge S)^-1, that is the
-    form of `filters` with sums for the concepts' means and ridge S for what is kept.
+    Among such weights, those that move the captions' keys and values least: with the concepts'
+    features in the rows of C, their keys or values as trained in the columns of V, and S the mean of
+    r^T r over the captions, W = W0 + (V - W0 C^T) (d C^T)^-1 d with d = C S^-1. Nearly equal features
+    contradict each other where concepts differ, so `ridge` softens the constraints: it is added to
+    the diagonal of d C^T. As (d C^T + ridge)^-1 d = C (C^T C + ridge S)^-1, that is the form of
+    `filters` with sums for the concepts' means, and with ridge S for what is kept.
     """
     wanted = [features.T @ features for features in concepts]
-    unseen = 1e-6 * captions.square().mean() * torch.eye(captions.shape[1]).double()  # in no caption
+    # S has to have an inverse even where no caption has anything in some direction.
+    unseen = 1e-6 * captions.square().mean() * torch.eye(captions.shape[1]).double()
     return solve(wanted, ridge * (gram(captions) + unseen))
 
 
 def solve(wanted, kept):
-    """Returns G_i A^-1 for every G_i in `wanted`, where A is the sum of these and `kept`, all symmetric."""
+    """Returns G_i A^-1 for every G_i in `wanted`, where A is the sum of these and `kept`."""
     total = kept + sum(wanted)
+    if not total.isfinite().all():
+        fail("--weight or --class_weight", "too large: the equations are not finite; lower it")
     values = torch.linalg.eigvalsh(total)  # in rising order
     if not values[0] > 1e-15 * values[-1]:
-        fail("--ridge", "too small for so few captions: the equations have no single solution; raise it")
+        fail("--ridge", "too small: the equations have no single solution; raise it")
     return [torch.linalg.solve(total, matrix).T for matrix in wanted]
 
 
@@ -172,7 +179,7 @@ def solve(wanted, kept):
 
 
 def load_text_parts(args, concepts, is_xl):
-    """Returns (tokenizer, text encoder) of the base model, or SDXL's two pairs, float32, with the concepts' words."""
+    """Returns (tokenizer, text encoder) of the base model, or SDXL's two pairs, with the new words."""
     with failing_as("packages", "run pip install -r requirements.txt, best in a new environment"):
         import transformers
 
@@ -211,17 +218,19 @@ def load_text_parts(args, concepts, is_xl):
 
 @torch.no_grad()
 def encode(parts, prompts, first=0):
-    """Text features of prompts, from token `first` to PADDING after the end of each: (tokens of all, dim), float64.
+    """Text features of prompts, from token `first` to PADDING after the end of each.
 
-    Token 0, the start, is the same in every prompt. So it counts where keys and values are to stay, and not where they
-    are to change. SDXL's features are those of both encoders, side by side.
+    Returns (tokens of all prompts, dim), float64. Token 0, the start, is the same in every prompt. So
+    it counts where keys and values are to stay, and not where they are to change. SDXL's features are
+    those of both encoders, side by side.
     """
     features = []
     for begin in range(0, len(prompts), 50):
         batch = prompts[begin : begin + 50]
         hidden_states = []
         for tokenizer, text_encoder in parts:
-            ids = tokenizer(batch, padding="max_length", truncation=True, return_tensors="pt").input_ids
+            options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+            ids = tokenizer(batch, **options).input_ids
             stops = (ids == tokenizer.eos_token_id).int().argmax(1) + 1 + PADDING
             # The encoder is causal, so what follows does not matter.
             output = text_encoder(ids[:, : max(stops)], output_hidden_states=True)
@@ -237,7 +246,7 @@ def encode(parts, prompts, first=0):
 
 @dataclasses.dataclass
 class Concept:
-    """A word of a result: its name in the new one and the old one, its embeddings, and the phrase that it stands in."""
+    """A word of a result, with its name in the new one and in the old one."""
 
     word: str
     trained_as: str
@@ -261,11 +270,11 @@ def read_inputs(args):
 
 
 def check_output(output_dir, result):
-    """Fails if the new result would replace an input, one of its checkpoints, or what its run wrote in the end."""
+    """Fails if the new result would replace an input, or another result of the same run."""
     replaced = [result.folder, *result.folder.glob("checkpoint-*")]
     if (result.folder / CHECKPOINT_FILE).is_file():
         replaced.append(result.folder.resolve().parent)
-    output = Path(output_dir)
+    output = Path(output_dir).resolve()
     if output.exists() and any(output.samefile(folder) for folder in replaced):
         problem = f"would replace {result.name} or a result of the same run; choose another folder"
         fail(f"--output_dir {output_dir}", problem)
@@ -334,9 +343,9 @@ def words_pattern(words):
 def split_at_words(text, pattern):
     """Returns {word: what stands behind it in a text, before the next word}, such as {"<new1>": " cat"}."""
     matches = list(pattern.finditer(text))
-    ends = [match.start() for match in matches[1:]] + [len(text)]
+    ends = [match.start() for match in matches] + [len(text)]
     rests = {}
-    for match, end in zip(matches, ends, strict=True):
+    for match, end in zip(matches, ends[1:], strict=True):
         rest = text[match.end() : end]
         rests.setdefault(match[0], DANGLING.sub("", rest))
     return rests
@@ -391,10 +400,10 @@ def warn_of_loss(inputs):
     """Warns of results from which merging takes more than it has to."""
     for result in inputs:
         if result.settings.get("kept_apart"):
-            warn(result.name, "was kept apart before, and doing it again takes more of the concept away")
+            warn(f"{result.name}: was kept apart before; doing it again takes more of the concept away")
         elif len(inputs) == 1 and result.settings.get("with_prior_preservation"):
-            problem = "trained with class pictures, and keeping it apart as well takes more of the concept away"
-            warn(result.name, f"{problem} than one of the two")
+            problem = "was trained with class pictures; keeping it apart as well"
+            warn(f"{result.name}: {problem} takes more of the concept away")
 
 
 def subtract_base(args, inputs, subject):
@@ -477,7 +486,7 @@ def print_kept(concepts, wanted, changes, merged):
         lost = size(missing, matrix) / (size(trained, matrix) or 1)
         print(f"{concept.phrase}: {100 * (1 - lost):.0f} % of what was trained is kept")
         if lost > 0.4:
-            warn(concept.word, "it will be weaker; raise --weight, or train the concepts together")
+            warn(f"{concept.word} will be weaker; raise --weight, or train the concepts together")
 
 
 def print_moved(rest, count, base, changes, merged):

@@ -1,7 +1,7 @@
-"""What merge.py and export.py share: arguments, one-line errors, results, and the base model's weights.
+"""What merge.py and export.py share: arguments, one-line errors, results, the base model's weights.
 
-Torch is imported inside the functions that need it. It takes seconds, and a command answers --help and wrong arguments
-before that.
+Torch is imported inside the functions that need it: it takes seconds, and a command answers --help
+and wrong arguments before that.
 """
 
 import argparse
@@ -23,14 +23,19 @@ WEIGHTS_NAME = "pytorch_custom_diffusion_weights"
 CHECKPOINT_FILE = "checkpoint.json"  # the trainer's record of a checkpoint
 EXPORTED = "modelspec.sai_model_spec"  # in the metadata of every file that export.py writes
 SUFFIXES = (".safetensors", ".bin")  # in the order of preference
-TRAINED = re.compile(r"(.+\.attn2)\.processor(\.to_[kvq]|\.to_out)_custom_diffusion((?:\.0)?\.(?:weight|bias))")
+# The keys of a result: layer, projection, and what is of it. The UNet's own name is all three in a row.
+TRAINED = re.compile(
+    r"(.+\.attn2)\.processor"
+    r"(\.to_[kvq]|\.to_out)_custom_diffusion"
+    r"((?:\.0)?\.(?:weight|bias))"
+)
 
 
 # ---------- Errors ----------------------------------------------------------------------------------------------
 
 
 class Problem(Exception):
-    """What a user has to mend: `subject: problem; what to do`, which ends a command as its one line."""
+    """What a user has to mend: `subject: problem; what to do`. It ends a command as its one line."""
 
 
 def fail(subject, problem):
@@ -55,7 +60,7 @@ def failing_as(subject, remedy):
 
 @contextlib.contextmanager
 def one_line_errors(output):
-    """Ends the run with exit status 1 and one line for a `Problem`, or for what the system refuses."""
+    """Ends the run with exit status 1 and one line for a `Problem` or an OSError."""
     try:
         yield
     except (Problem, OSError) as error:
@@ -68,19 +73,22 @@ def one_line_errors(output):
         raise SystemExit(f"error: {line}") from None
 
 
-def warn(subject, problem):
+def warn(problem):
     """Prints a line to stderr about what the run goes on with."""
-    print(f"warning: {subject}: {problem}", file=sys.stderr)
+    print(f"warning: {problem}", file=sys.stderr)
 
 
 # ---------- Arguments -------------------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that says what is wrong in one line, and shows defaults where there are any."""
+    """An argument parser that says what is wrong in one line and shows defaults in the help."""
 
     def add_argument(self, *names, **options):
-        """Adds an argument. (argparse's own formatter would show "None" and "[]" as defaults, too.)"""
+        """Adds an argument, with its default in the help if there is one.
+
+        argparse's own formatter would show "None" and "[]" as well.
+        """
         if options.get("default") not in (None, [], argparse.SUPPRESS):
             options["help"] += " (default: %(default)s)"
         return super().add_argument(*names, **options)
@@ -115,7 +123,7 @@ def not_negative(text):
 
 
 def start_command(parse_args):
-    """Returns the arguments of a command, whose other imports then work; ends the run with one line if they don't."""
+    """Returns the arguments of a command; ends the run with one line if its imports would fail."""
     args = parse_args()
     # SIGTERM ends Python at once, and unfinished files would stay.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
@@ -132,10 +140,10 @@ def start_command(parse_args):
 class Result:
     """What a training or merge.py wrote.
 
-    `weights` are float32 tensors by the UNet's own names for them. `words` holds the embeddings of each word, in the
-    order of the training: {word: {word: (dim,)}}, or of SDXL {word: {"clip_l": (1, dim), "clip_g": (1, dim)}}.
-    `settings` is the record of the training, which is empty for results of diffusers' script. `files` are those that
-    were read.
+    `weights` are float32 tensors by the UNet's own names for them. `words` holds the embeddings of
+    each word, in the order of the training: {word: {word: (dim,)}}, or of SDXL
+    {word: {"clip_l": (1, dim), "clip_g": (1, dim)}}. `settings` is the record of the training,
+    which is empty for results of diffusers' script. `files` are those that were read.
     """
 
     name: str
@@ -151,7 +159,7 @@ class Result:
 
 
 def find_folder(name, subject, patterns, revision=None, ignore_patterns=None):
-    """Returns the folder that `name` is, or that holds what is needed of the hub repository `name`."""
+    """Returns the folder `name`, or a folder with what is needed of the hub repository `name`."""
     if Path(name).is_dir():
         return Path(name)
     if Path(name).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
@@ -159,14 +167,14 @@ def find_folder(name, subject, patterns, revision=None, ignore_patterns=None):
     with failing_as(subject, "give a folder, or a hub repository within reach"):
         from huggingface_hub import snapshot_download
 
-        folder = snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=ignore_patterns)
-    return Path(folder)
+        options = {"allow_patterns": patterns, "ignore_patterns": ignore_patterns}
+        return Path(snapshot_download(name, revision=revision, **options))
 
 
 def find_result(name):
     """Returns the folder of a result, and the file of its weights."""
     for suffix in SUFFIXES:
-        # Of a repository with .safetensors no pickle is downloaded, and of neither kind what lies in its folders.
+        # A repository's pickles are downloaded only if it has no .safetensors, its folders never.
         patterns = [f"*{suffix}", CHECKPOINT_FILE]
         folder = find_folder(name, name, patterns, ignore_patterns="*/*")
         file = folder / f"{WEIGHTS_NAME}{suffix}"
@@ -180,7 +188,10 @@ def find_result(name):
 
 
 def read_table(file, remedy):
-    """Returns {name: tensor} of a .safetensors or .bin file, and its metadata. No code in a pickle is run."""
+    """Returns {name: tensor} of a .safetensors or .bin file, and its metadata.
+
+    No code in a pickle is run.
+    """
     import torch
     from safetensors import safe_open
 
@@ -198,7 +209,7 @@ def read_table(file, remedy):
 
 
 def read_settings(folder, file, metadata):
-    """Returns the record of the training, from the weights' metadata or from a checkpoint's own file, or {}."""
+    """Returns the record of the training: the weights' metadata, a checkpoint's own file, or {}."""
     record = {}
     with failing_as(file, "its record of the training is corrupt; take another checkpoint"):
         if "settings" in metadata:
@@ -217,7 +228,7 @@ def read_weights(file):
     table, metadata = read_table(file, "the file is corrupt; take another checkpoint")
     weights = {}
     for key, value in table.items():
-        # diffusers' loader wants entries for all layers: {} in .bin, and in .safetensors a tensor without numbers.
+        # diffusers' loader wants an entry for every layer. What was not trained has an empty one.
         is_tensor = torch.is_tensor(value)
         is_empty = value.numel() == 0 if is_tensor else value == {}
         if is_empty:
@@ -233,11 +244,11 @@ def read_weights(file):
 
 
 def read_word(file):
-    """Returns the embeddings of the word that a file is named after, or None if it holds something else."""
+    """Returns the embeddings of the word that a file is named after, None if there are none."""
     import torch
 
-    remedy = "the file is corrupt; take another checkpoint, or move it away if it is not of this result"
-    table, metadata = read_table(file, remedy)
+    remedy = "take another checkpoint, or move it away if it is not of this result"
+    table, metadata = read_table(file, f"the file is corrupt; {remedy}")
     if EXPORTED in metadata:
         return None  # an earlier export may lie in the same folder
     if not all(torch.is_tensor(value) for value in table.values()):
@@ -250,7 +261,10 @@ def read_word(file):
 
 
 def find_words(folder, settings):
-    """Returns the files of a result's words: those of its record, in its order, or all embeddings in the folder."""
+    """Returns {file: embeddings} of a result's words.
+
+    These are the words of the record, in its order, or without a record all embeddings of the folder.
+    """
     is_recorded = "modifier_token" in settings
     if is_recorded:
         names = [word for word in (settings["modifier_token"] or "").split("+") if word]
@@ -262,7 +276,8 @@ def find_words(folder, settings):
         files = [folder / f"{name}{suffix}" for suffix in SUFFIXES]
         present = [file for file in files if file.is_file()]
         if not present:
-            fail(files[0], f"missing, though {name} is a word of this result; copy all of its files")
+            problem = f"missing, though {name} is a word of this result"
+            fail(files[0], f"{problem}; copy all of its files")
         rows = read_word(present[0])
         if rows is not None:
             found[present[0]] = rows
@@ -291,7 +306,10 @@ def read_result(name):
 
 
 def write_file(file, content):
-    """Writes bytes to a file beside, flushes them to the disk and renames: a file of that name is always complete."""
+    """Writes bytes to a file beside, flushes them to the disk and renames it.
+
+    So a file of that name is always complete.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f".{file.name}.unfinished")
     try:
@@ -311,7 +329,7 @@ def stored_name(name):
 
 
 def renamed(rows, name):
-    """A word's embeddings as a file called `name` holds them. SDXL's have the same names in every file."""
+    """A word's embeddings as a file called `name` holds them. SDXL's keep their names."""
     if len(rows) > 1:
         return rows
     (row,) = rows.values()
@@ -319,7 +337,7 @@ def renamed(rows, name):
 
 
 def write_result(folder, weights, words, settings):
-    """Writes weights and words as the trainer does, in both formats, so that everything takes the result.
+    """Writes weights and words in both formats, as the trainer does, so that everything takes them.
 
     The weights come last: a folder that has them has everything.
     """
@@ -331,7 +349,8 @@ def write_result(folder, weights, words, settings):
         leftover.unlink()  # A run that was killed left it.
     trained = {stored_name(name): value for name, value in weights.items()}
     layers = {name.partition(".attn2.")[0] for name in weights}
-    empty = sorted(f"{layer}.attn1.processor" for layer in layers)  # diffusers' loader wants all layers
+    # diffusers' loader wants an entry for every layer.
+    empty = sorted(f"{layer}.attn1.processor" for layer in layers)
     tables = {word: renamed(rows, word) for word, rows in words.items()}
     tables[WEIGHTS_NAME] = trained
     for name, table in tables.items():
@@ -340,7 +359,8 @@ def write_result(folder, weights, words, settings):
         torch.save(table | {layer: {} for layer in others}, stream)
         write_file(folder / f"{name}.bin", stream.getvalue())
         complete = table | {layer: torch.empty(0) for layer in others}
-        write_file(folder / f"{name}.safetensors", save(complete, {"settings": json.dumps(settings)}))
+        content = save(complete, {"settings": json.dumps(settings)})
+        write_file(folder / f"{name}.safetensors", content)
 
 
 # ---------- The base model --------------------------------------------------------------------------------------
@@ -349,14 +369,14 @@ def write_result(folder, weights, words, settings):
 def read_base(args, subject, names):
     """Returns the base model's own weights in float32, and the configurations of UNet and scheduler.
 
-    Of the weights, those called `names` and the cross-attention's to_k, which says whether a layer was left out. Reads
-    these alone and no whole network, so a large model takes little memory.
+    Of the weights, those called `names` and the cross-attention's to_k, which says whether a layer
+    was left out. Reads these alone and no whole network, so a large model takes little memory.
     """
     from safetensors import safe_open
 
     stem = "diffusion_pytorch_model"
     variant = f".{args.variant}" if args.variant else ""
-    # One file or several; a variant's parts are called one way by today's diffusers and another way by older ones.
+    # One file or several. Older versions of diffusers have other names for a variant's parts.
     patterns = [
         f"{stem}{variant}.safetensors",
         f"{stem}{variant}-*-of-*[0-9].safetensors",
@@ -366,11 +386,12 @@ def read_base(args, subject, names):
     wanted = [*configs, *(f"unet/{pattern}" for pattern in patterns)]
     folder = find_folder(args.pretrained_model_name_or_path, subject, wanted, args.revision)
     with failing_as(subject, "give a Stable Diffusion 1.x, 2.x or XL in diffusers format"):
-        index, unet, scheduler = (json.loads((folder / file).read_text("utf-8")) for file in configs)
+        tables = [json.loads((folder / file).read_text("utf-8")) for file in configs]
+        index, unet, scheduler = tables
         parts = ("unet", "text_encoder", "text_encoder_2")
-        unet_class, encoder_class, second_class = (index.get(part, [None, None])[1] for part in parts)
-    is_known = unet_class == "UNet2DConditionModel" and encoder_class == "CLIPTextModel"
-    if not is_known or second_class not in (None, "CLIPTextModelWithProjection"):
+        classes = [index.get(part, [None, None])[1] for part in parts]
+    is_known = classes[:2] == ["UNet2DConditionModel", "CLIPTextModel"]
+    if not is_known or classes[2] not in (None, "CLIPTextModelWithProjection"):
         fail(subject, f"a {index.get('_class_name')}; give a Stable Diffusion 1.x, 2.x or XL")
     files = sorted({file for pattern in patterns for file in (folder / "unet").glob(pattern)})
     if not files:
@@ -396,15 +417,16 @@ def digest(tensors):
 
 
 def base_digest(base, names):
-    """The digest by which the trainer records a base model: of the weights `names`, rounded to half precision."""
+    """The digest by which the trainer records a base model: of the weights `names` as fp16."""
     return digest({stored_name(name): base[name].half() for name in names})
 
 
 def was_trained_on(result, base):
-    """Whether a result was trained on the model with the weights `base`; None if its record cannot tell.
+    """Whether a result was trained on the model with the weights `base`; None if that is unknown.
 
-    The trainer records a digest of the trained layers as they were before the training, rounded to half precision, so
-    that a model and its files in half precision are the same. Earlier versions recorded the digest in full precision.
+    The trainer records a digest of the trained layers as they were before the training, rounded to
+    half precision, so that a model and its files in half precision are the same. Earlier versions
+    recorded the digest in full precision.
     """
     import torch
 
@@ -427,22 +449,32 @@ def was_trained_on(result, base):
 
 
 def check_base(result, base, model):
-    """Warns if a result was trained on another model, or may have been; returns what `was_trained_on` says."""
+    """Warns if a result was trained on another model, or may have been.
+
+    Returns what `was_trained_on` says.
+    """
     answer = was_trained_on(result, base)
     if answer is False:
-        problem = f"trained on another model than {model}, as its record says; give that one"
-        warn(result.name, f"{problem}, or what the models differ in counts as trained")
+        problem = f"was trained on another model than {model}, as its record says"
+        remedy = "give that one, or what the two differ in counts as trained"
+        warn(f"{result.name}: {problem}; {remedy}")
     elif answer is None and result.settings.keys() & {"base_model_fp16", "base_model"}:
-        problem = f"trained on another model than {model}, or on the same in another precision"
-        warn(result.name, f"{problem}; its record cannot tell which")
+        problem = f"was trained on another model than {model}, or on the same in another precision"
+        warn(f"{result.name}: {problem}; its record cannot tell which")
     return answer
+
+
+def shape_of(tensors, name):
+    """The shape of a tensor in words."""
+    return tuple(tensors[name].shape) if name in tensors else "missing"
 
 
 def subtract(result, base, unet, subject):
     """Returns trained - base by name; fails if the result is of a model with other layers."""
     remedy = "give the model that the result was trained on"
     for name in sorted(result.weights.keys() | base.keys()):
-        ours, theirs = (tuple(table[name].shape) if name in table else "missing" for table in (result.weights, base))
+        ours = shape_of(result.weights, name)
+        theirs = shape_of(base, name)
         if ours != theirs:
             fail(subject, f"{name} is {ours} in the result and {theirs} in this model; {remedy}")
     dim = unet["cross_attention_dim"]
@@ -454,11 +486,15 @@ def subtract(result, base, unet, subject):
 
 
 def add_word(tokenizer, text_encoder, word, embedding, subject):
-    """Adds a word as the training does: as typed, capitals included; load_textual_inversion would match others, too."""
+    """Adds a word as the training does: it is matched as typed, capitals included.
+
+    load_textual_inversion would match it in other spellings as well.
+    """
     from transformers import AddedToken
 
     if not tokenizer.add_tokens(AddedToken(word, normalized=False)):
-        fail(subject, f"its vocabulary has {word} already; give the model that the result was trained on")
+        remedy = "give the model that the result was trained on"
+        fail(subject, f"its vocabulary has {word} already; {remedy}")
     index = tokenizer.convert_tokens_to_ids(word)
     rows = max(index + 1, text_encoder.get_input_embeddings().num_embeddings)
     text_encoder.resize_token_embeddings(rows, mean_resizing=False)
