@@ -258,6 +258,8 @@ class Concept:
 
 def read_inputs(args):
     """Returns the results, which can be merged and are none of what --output_dir would replace."""
+    if Path(args.output_dir).is_file():
+        fail(f"--output_dir {args.output_dir}", "is a file; choose a folder")
     inputs = [read_result(name) for name in args.results]
     for result in inputs:
         if any(".to_k." not in name and ".to_v." not in name for name in result.weights):
@@ -282,13 +284,16 @@ def check_output(output_dir, result):
 
 def read_renames(args):
     """Returns {(result, its word): new name} of --rename."""
+    # A path may be written in two ways: shells complete it with a slash at its end.
+    results = {os.path.normpath(name): name for name in args.results}
     renames = {}
     for text in args.rename:
         match = re.fullmatch(r"(.+):([^:=]+)=([^:=+/\\\s]+)", text)
-        if not match or match[1] not in args.results:
-            problem = "give RESULT:OLD=NEW, with one of the results and a word without spaces, '+' and slashes"
-            fail(f"--rename {text!r}", problem)
-        renames[match[1], match[2]] = match[3]
+        path = os.path.normpath(os.path.expanduser(match[1])) if match else None
+        if path not in results:
+            problem = "give RESULT:OLD=NEW, with one of the results"
+            fail(f"--rename {text!r}", f"{problem} and a word without spaces, '+' and slashes")
+        renames[results[path], match[2]] = match[3]
     return renames
 
 

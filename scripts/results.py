@@ -492,9 +492,11 @@ def add_word(tokenizer, text_encoder, word, embedding, subject):
     """
     from transformers import AddedToken
 
-    if not tokenizer.add_tokens(AddedToken(word, normalized=False)):
-        remedy = "give the model that the result was trained on"
+    vocabulary = tokenizer.get_vocab()
+    if word in vocabulary or f"{word}</w>" in vocabulary:
+        remedy = "give the model that the result was trained on, or choose another word"
         fail(subject, f"its vocabulary has {word} already; {remedy}")
+    tokenizer.add_tokens(AddedToken(word, normalized=False))
     index = tokenizer.convert_tokens_to_ids(word)
     rows = max(index + 1, text_encoder.get_input_embeddings().num_embeddings)
     text_encoder.resize_token_embeddings(rows, mean_resizing=False)

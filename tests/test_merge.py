@@ -87,7 +87,8 @@ def joined(results, sd1, tmp_path_factory):
     folder = tmp_path_factory.mktemp("joined")
     (folder / "captions.txt").write_text("\n".join(CAPTIONS))
     pot = results["pot"]
-    options = {"rename": [f"{pot}:<new1>=<new2>"], "weight": 5, "class_weight": 3, "ridge": 1e-3}
+    # the slash is what shells complete
+    options = {"rename": [f"{pot}/:<new1>=<new2>"], "weight": 5, "class_weight": 3, "ridge": 1e-3}
     said = merge(*results.values(), model=sd1, output_dir=folder / "run", captions=folder / "captions.txt", **options)
     return folder / "run", said
 
@@ -480,6 +481,8 @@ def broken(results, sd1, tmp_path):
         "phrase without a word": ([cat], {"concepts": ["<new9> dog"]}, ["--concepts", "<new9> dog", "<new1>"]),
         "two phrases": ([cat], {"concepts": ["<new1> dog", "<new1> cat"]}, ["--concepts '<new1> cat'", "<new1> dog"]),
         "rename to a path": ([cat], {"rename": [f"{cat}:<new1>=a/b"]}, ["--rename", "slashes"]),
+        "rename to a known word": ([cat], {"rename": [f"{cat}:<new1>=cat"]}, ["vocabulary has cat", "another word"]),
+        "output is a file": ([cat], {"output_dir": tmp_path / "words.txt"}, ["--output_dir", "is a file"]),
         "rename to two words": ([cat], {"rename": [f"{cat}:<new1>=a+b"]}, ["--rename", "'+'"]),
         "blank captions": ([cat], {"captions": tmp_path / "blank.txt"}, ["--captions", "blank.txt", "no caption"]),
         "new words alone": ([cat], {"captions": tmp_path / "words.txt"}, ["--captions", "words.txt", "no caption"]),
