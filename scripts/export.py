@@ -169,7 +169,7 @@ def megabytes(count):
 
 
 def print_loss(changes, held):
-    """Prints which part of the trained change a file lacks: |change - held| / |change| over all and of the worst."""
+    """Prints which part of the change a file lacks: |change - held| / |change|, overall and worst."""
     lost = {name: norm([changes[name] - value]) for name, value in held.items()}
     shares = {name: value / (norm([changes[name]]) or 1) for name, value in lost.items()}
     overall = norm(torch.tensor(list(lost.values()))) / (norm(changes[name] for name in held) or 1)
@@ -187,7 +187,7 @@ def print_loss(changes, held):
 
 
 def describe(title, kind, words, unet, scheduler):
-    """Metadata under the names that kohya's trainer and the ModelSpec use, from which UIs show version and words."""
+    """Metadata for UIs, which show version and words, under the names of kohya's trainer and ModelSpec."""
     # Of 1 and 2, 2 alone has linear projections around its attention; its sizes may be those of a small model.
     is_xl = bool(unet.get("addition_embed_type"))
     is_v2 = not is_xl and unet.get("use_linear_projection", False)
@@ -226,7 +226,7 @@ def plain_name(word):
 
 
 def place_words(words, folder, output, sources):
-    """Returns {word: file} of the embeddings to write into `folder`; fails where one would replace another file."""
+    """Returns {word: file} of the embeddings to write into `folder`, none of which exists otherwise."""
     placed = {}
     taken = {str(output).lower(): "the output file"}
     for word, rows in words.items():
@@ -268,7 +268,10 @@ def write_words(words, placed, unet, scheduler):
 
 
 def load_merged(args, subject, result):
-    """Returns the base model's pipeline with the trained weights in its UNet's own layers and, if asked, the words."""
+    """Returns the base model's pipeline with the trained weights in its UNet's own layers.
+
+    Its tokenizer and text encoder have the words, unless --keep_vocabulary leaves them as they were.
+    """
     with failing_as("packages", "run pip install -r requirements.txt, best in a new environment"):
         import diffusers
         import transformers

@@ -189,31 +189,40 @@ def load_text_parts(args, concepts, is_xl):
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     model = args.pretrained_model_name_or_path
-    remedy = "give the model that the results were trained on"
+    subject = f"--pretrained_model_name_or_path {model}"
+    options = {"revision": args.revision, "variant": args.variant, "use_safetensors": True}
     parts = []
     for index, (ending, kind) in enumerate(kinds.items()):
-        options = {"revision": args.revision, "variant": args.variant, "use_safetensors": True}
-        with failing_as(f"--pretrained_model_name_or_path {model}", remedy):
+        with failing_as(subject, "give the model that the results were trained on"):
             text_encoder = kind.from_pretrained(model, subfolder=f"text_encoder{ending}", **options)
         text_encoder.float()
-        subject = f"--pretrained_model_name_or_path {model}"
-        source = {"subfolder": f"tokenizer{ending}", "revision": args.revision}
-        name = model
-        if args.tokenizer_name and index == 0:
-            subject = f"--tokenizer_name {args.tokenizer_name}"
-            name, source = args.tokenizer_name, {}
-        with failing_as(subject, "give a complete tokenizer"):
-            tokenizer = transformers.CLIPTokenizer.from_pretrained(name, **source)
-            if tokenizer.unk_token in tokenizer.tokenize("a"):
-                # transformers 5 makes such a tokenizer of missing files.
-                raise ValueError("the vocabulary of its tokenizer is empty")
-        # A tokenizer's own configuration can lack it.
+        tokenizer = load_tokenizer(args, ending)
+        # A tokenizer's own configuration can lack its length.
         tokenizer.model_max_length = text_encoder.config.max_position_embeddings
         for concept in concepts:
             row = list(concept.rows.values())[index]
             add_word(tokenizer, text_encoder, concept.word, row, subject)
         parts.append((tokenizer, text_encoder))
     return parts
+
+
+def load_tokenizer(args, ending):
+    """Loads the base model's tokenizer, or with the ending "_2" its second; --tokenizer_name replaces the first."""
+    from transformers import CLIPTokenizer
+
+    name = args.pretrained_model_name_or_path
+    subject = f"--pretrained_model_name_or_path {name}"
+    options = {"subfolder": f"tokenizer{ending}", "revision": args.revision}
+    if args.tokenizer_name and not ending:
+        name = args.tokenizer_name
+        subject = f"--tokenizer_name {name}"
+        options = {}  # The revision is the model's.
+    with failing_as(subject, "give a complete tokenizer"):
+        tokenizer = CLIPTokenizer.from_pretrained(name, **options)
+        if tokenizer.unk_token in tokenizer.tokenize("a"):
+            # transformers 5 makes such a tokenizer of missing files.
+            raise ValueError("the vocabulary of its tokenizer is empty")
+    return tokenizer
 
 
 @torch.no_grad()
@@ -340,7 +349,7 @@ def find_phrases(given, concepts):
 
 
 def words_pattern(words):
-    """A pattern that finds words as the tokenizer does: anywhere in a text, and of several at one place the longest."""
+    """A pattern that finds words as the tokenizer does: anywhere in a text, the longest first."""
     longest_first = sorted(words, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)))
 
@@ -357,10 +366,10 @@ def split_at_words(text, pattern):
 
 
 def recorded_rest(result, word):
-    """Returns what stood behind a word in the prompts of its training, or None if no prompt is recorded.
+    """Returns what stood behind a word in the prompts of its training, None if that is not recorded.
 
-    That is taken from the first instance prompt with the word or, if it stands in captions only, from the words with
-    which all of them go on.
+    It is taken from the first instance prompt with the word. If the word stands in captions only,
+    it is what all of these have behind it.
     """
     pattern = words_pattern(result.words)
     prompts = [concept[0] for concept in result.settings.get("concepts", [])]
@@ -397,7 +406,10 @@ def read_captions(file, concepts):
 
 
 def size(changes, matrix):
-    """Square root of sum tr(D G D^T) over changes D: how far they move keys and values, whose mean f^T f is G."""
+    """How far changes D move the keys and values of features whose mean f^T f is `matrix`, G.
+
+    That is the square root of sum tr(D G D^T) over the layers.
+    """
     return sum(float(((change @ matrix) * change).sum()) for change in changes.values()) ** 0.5
 
 
@@ -412,7 +424,10 @@ def warn_of_loss(inputs):
 
 
 def subtract_base(args, inputs, subject):
-    """Returns the base model's weights, {result: its change of them}, float64, and the UNet's configuration."""
+    """Returns the base model's weights, the changes of them by each result, and the UNet's configuration.
+
+    The changes are float64: {result: {name: change}}. Fails if the results record different models.
+    """
     names = {name for result in inputs for name in result.weights}
     base, unet, _ = read_base(args, subject, names)
     changes = {}
@@ -421,8 +436,10 @@ def subtract_base(args, inputs, subject):
         change = subtract(result, base, unet, subject)
         changes[result.name] = {name: value.double() for name, value in change.items()}
         answers.append(check_base(result, base, args.pretrained_model_name_or_path))
-    if len(inputs) > 1 and False in answers:
-        fail("results", "they were trained on different base models, as they record; give results of one")
+    keys = ("base_model_fp16", "base_model")
+    recorded = {tuple(result.settings.get(key) for key in keys) for result in inputs}
+    if len(recorded) > 1 and False in answers:
+        fail("results", "trained on different base models, as they record; give results of one")
     return base, changes, unet
 
 
@@ -441,7 +458,7 @@ def record(inputs, concepts, base, names):
 
 
 def merge(args):
-    """Writes what `args` (from `parse_args`) describe, and says what of each concept is kept and what else moves.
+    """Writes what `args` (from `parse_args`) describe, and prints what is kept and what else moves.
 
     Raises `results.Problem` or OSError.
     """

@@ -433,6 +433,14 @@ def test_model_of_the_record(name, results, sd1, tmp_path):
     assert settings_of(tmp_path / "run")["base_model_fp16"] == expected
 
 
+def test_results_of_one_other_model(results, sd1, tmp_path):
+    """Results that agree on their model are joined, with a line for each."""
+    folders = [copy_result(results[name], tmp_path / name, base_model="ab", base_model_fp16="cd") for name in results]
+    rename = [f"{folders[1]}:<new1>=<new2>"]
+    _, warnings = merge_here(*folders, model=sd1, output_dir=tmp_path / "run", rename=rename)
+    assert len(warnings) == 2 and all("another model" in line for line in warnings)
+
+
 # What is refused
 
 
