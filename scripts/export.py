@@ -10,7 +10,6 @@ import datetime
 import json
 import os
 import re
-import shutil
 from pathlib import Path
 
 from results import (
@@ -26,6 +25,7 @@ from results import (
     renamed,
     start_command,
     subtract,
+    unfinished,
     write_file,
 )
 
@@ -302,17 +302,13 @@ def write_model(args, subject, result, unet, scheduler):
     output = Path(args.output)
     pipeline = load_merged(args, subject, result)
     output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_name(f".{output.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # A run that was killed left it.
-    try:
+    with unfinished(output) as place:
         with failing_as(output, "check its disk and permissions"):
-            pipeline.to(DTYPES[args.dtype]).save_pretrained(unfinished)
+            pipeline.to(DTYPES[args.dtype]).save_pretrained(place)
         if args.keep_vocabulary:
-            placed = place_words(result.words, unfinished, output, [])
+            placed = place_words(result.words, place, output, [])
             write_words(result.words, placed, unet, scheduler)
-        unfinished.rename(output)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        place.rename(output)
 
 
 # ---------- The run ---------------------------------------------------------------------------------------------

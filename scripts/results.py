@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import textwrap
@@ -23,6 +24,7 @@ WEIGHTS_NAME = "pytorch_custom_diffusion_weights"
 CHECKPOINT_FILE = "checkpoint.json"  # the trainer's record of a checkpoint
 EXPORTED = "modelspec.sai_model_spec"  # in the metadata of every file that export.py writes
 SUFFIXES = (".safetensors", ".bin")  # in the order of preference
+UNFINISHED = set()  # what is being written
 # The keys of a result: layer, projection, and what is of it. The UNet's own name is all three in a row.
 TRAINED = re.compile(
     r"(.+\.attn2)\.processor"
@@ -125,8 +127,7 @@ def not_negative(text):
 def start_command(parse_args):
     """Returns the arguments of a command; ends the run with one line if its imports would fail."""
     args = parse_args()
-    # SIGTERM ends Python at once, and unfinished files would stay.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    signal.signal(signal.SIGTERM, end_without_trace)
     remedy = "run pip install -r requirements.txt, best in a new environment"
     with one_line_errors("packages"), failing_as("packages", remedy):
         import safetensors.torch  # noqa: F401
@@ -305,21 +306,49 @@ def read_result(name):
 # ---------- Writing a result ------------------------------------------------------------------------------------
 
 
+def remove(path):
+    """Deletes a file or folder if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def unfinished(path):
+    """Yields the place beside a file or folder where it is written before it gets its name.
+
+    In the end nothing is left there: it would fill a full disk.
+    """
+    place = path.with_name(f".{path.name}.unfinished")
+    remove(place)  # A run that was killed at once left it.
+    UNFINISHED.add(place)
+    try:
+        yield place
+    finally:
+        remove(place)
+        UNFINISHED.discard(place)
+
+
+def end_without_trace(number, frame):
+    """Handles SIGTERM. An exception could get lost where the signal arrives."""
+    for place in UNFINISHED:
+        remove(place)
+    os._exit(128 + number)
+
+
 def write_file(file, content):
     """Writes bytes to a file beside, flushes them to the disk and renames it.
 
     So a file of that name is always complete.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f".{file.name}.unfinished")
-    try:
-        with open(unfinished, "wb") as stream:
+    with unfinished(file) as place:
+        with open(place, "wb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        unfinished.replace(file)
-    finally:
-        unfinished.unlink(missing_ok=True)  # It would fill a full disk.
+        place.replace(file)
 
 
 def stored_name(name):
@@ -346,7 +375,7 @@ def write_result(folder, weights, words, settings):
 
     folder = Path(folder)
     for leftover in folder.glob(".*.unfinished"):
-        leftover.unlink()  # A run that was killed left it.
+        remove(leftover)  # A run that was killed at once left it.
     trained = {stored_name(name): value for name, value in weights.items()}
     layers = {name.partition(".attn2.")[0] for name in weights}
     # diffusers' loader wants an entry for every layer.

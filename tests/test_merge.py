@@ -611,12 +611,39 @@ def test_killed(results, sd1, tmp_path):
     process = subprocess.Popen([sys.executable, MERGE, *words], stderr=subprocess.PIPE, text=True)
     time.sleep(3)
     process.terminate()
-    assert process.communicate(timeout=60)[1] == "" and process.returncode in (143, -signal.SIGTERM)
+    said = process.communicate(timeout=60)[1]
+    assert said == "" and process.returncode in (143, -signal.SIGTERM)  # the latter before the arguments are read
     assert not list(tmp_path.glob("run/.*"))
     (tmp_path / "run").mkdir(exist_ok=True)
     (tmp_path / "run" / ".<new9>.safetensors.unfinished").write_bytes(b"half a file")
     merge(results["cat"], model=sd1, output_dir=tmp_path / "run")
     assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_killed_while_writing(tmp_path):
+    """A signal that arrives where no exception gets out, with a file and a folder half-written."""
+    code = """
+import os, signal, sys, time
+sys.path.insert(0, sys.argv[1])
+import results
+from pathlib import Path
+
+class Deaf:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+
+results.start_command(lambda: None)
+with results.unfinished(Path("file")) as file, results.unfinished(Path("folder")) as folder:
+    file.write_text("half")
+    folder.mkdir()
+    (folder / "part").write_text("half")
+    Deaf()
+print("went on")
+"""
+    process = run(sys.executable, "-c", code, ROOT / "scripts", cwd=tmp_path)
+    assert process.returncode == 143 and process.stdout + process.stderr == ""
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_errors_of_an_importer(results, sd1, tmp_path):
