@@ -490,11 +490,11 @@ def merge(args):
         for name, change in changes[concept.result.name].items():
             merged[name] += change @ matrix
 
+    print_kept(concepts, wanted, changes, merged)
+    print_moved(rest, len(captions), base, changes, merged)
     weights = {name: (base[name].double() + change).float() for name, change in merged.items()}
     if not all(value.isfinite().all() for value in weights.values()):
         fail("--weight, --class_weight or --ridge", "the new weights are not finite; choose others")
-    print_kept(concepts, wanted, changes, merged)
-    print_moved(rest, len(captions), base, changes, merged)
     words = {concept.word: concept.rows for concept in concepts}
     write_result(args.output_dir, weights, words, record(inputs, concepts, base, weights))
 
