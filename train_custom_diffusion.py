@@ -167,81 +167,81 @@ TRACKERS = ("tensorboard", "wandb", "comet_ml", "all", "none")
 # fmt: off
 FLAGS = {  # by group: flag, type or choices, default, help
     "model and concept": [
-        ("pretrained_model_name_or_path", path, None, "hub id, or folder in diffusers format"),
-        ("revision", str, None, "revision of the model on the hub"),
-        ("variant", str, None, "variant of the weight files, such as fp16"),
-        ("tokenizer_name", path, None, "another tokenizer than the model's: hub id or folder"),
-        ("instance_data_dir", path, None, "folder with 3 to 20 pictures of the concept"),
-        ("instance_prompt", str, None, 'their prompt, with the modifier token: "photo of a <new1> cat"'),
-        ("class_data_dir", path, None, "folder of class (regularization) pictures; generated ones go there"),
-        ("class_prompt", str, None, 'the class: "cat"'),
-        ("concepts_list", path, None, "JSON list of objects with the four keys above, for several concepts"),
-        ("modifier_token", str, None, 'new word; "+" between several: "<new1>+<new2>"'),
-        ("initializer_token", str, DEFAULT_INITIALIZERS, "words whose embeddings the new ones start from"),
-        ("freeze_model", ("crossattn_kv", "crossattn"), "crossattn_kv",
+        ("--pretrained_model_name_or_path", path, None, "hub id, or folder in diffusers format"),
+        ("--revision", str, None, "revision of the model on the hub"),
+        ("--variant", str, None, "variant of the weight files, such as fp16"),
+        ("--tokenizer_name", path, None, "another tokenizer than the model's: hub id or folder"),
+        ("--instance_data_dir", path, None, "folder with 3 to 20 pictures of the concept"),
+        ("--instance_prompt", str, None, 'their prompt, with the modifier token: "photo of a <new1> cat"'),
+        ("--class_data_dir", path, None, "folder of class (regularization) pictures; generated ones go there"),
+        ("--class_prompt", str, None, 'the class: "cat"'),
+        ("--concepts_list", path, None, "JSON list of objects with the four keys above, for several concepts"),
+        ("--modifier_token", str, None, 'new word; "+" between several: "<new1>+<new2>"'),
+        ("--initializer_token", str, DEFAULT_INITIALIZERS, "words whose embeddings the new ones start from"),
+        ("--freeze_model", ("crossattn_kv", "crossattn"), "crossattn_kv",
          "crossattn_kv trains to_k and to_v of the cross-attention; crossattn also to_q and to_out"),
     ],
     "class pictures and preprocessing": [
-        ("with_prior_preservation", boolean, False, "add the loss on class pictures: it preserves the class"),
-        ("prior_loss_weight", real, 1.0, "weight of that loss"),
-        ("num_class_images", positive, 200, "pictures per class; missing ones are generated"),
-        ("real_prior", boolean, False, "use real class pictures, fetched by retrieve.py; generate none"),
-        ("prior_generation_precision", ("no", "fp32", "fp16", "bf16"), None, "default: fp16 on a GPU"),
-        ("sample_batch_size", positive, 4, "pictures drawn or encoded at once, per device"),
-        ("resolution", positive, 512, "picture size in pixels"),
-        ("center_crop", boolean, False, "cut pictures to a centred square first"),
-        ("hflip", boolean, False, "mirror half of the pictures"),
-        ("noaug", boolean, False, "no scale augmentation of the instance pictures"),
-        ("alpha_mask", boolean, False, "the alpha channel of an instance picture masks the loss"),
+        ("--with_prior_preservation", boolean, False, "add the loss on class pictures: it preserves the class"),
+        ("--prior_loss_weight", real, 1.0, "weight of that loss"),
+        ("--num_class_images", positive, 200, "pictures per class; missing ones are generated"),
+        ("--real_prior", boolean, False, "use real class pictures, fetched by retrieve.py; generate none"),
+        ("--prior_generation_precision", ("no", "fp32", "fp16", "bf16"), None, "default: fp16 on a GPU"),
+        ("--sample_batch_size", positive, 4, "pictures drawn or encoded at once, per device"),
+        ("--resolution", positive, 512, "picture size in pixels"),
+        ("--center_crop", boolean, False, "cut pictures to a centred square first"),
+        ("--hflip", boolean, False, "mirror half of the pictures"),
+        ("--noaug", boolean, False, "no scale augmentation of the instance pictures"),
+        ("--alpha_mask", boolean, False, "the alpha channel of an instance picture masks the loss"),
     ],
     "training": [
-        ("train_batch_size", positive, 4, "instance pictures per device and micro-batch"),
-        ("gradient_accumulation_steps", positive, 1, "micro-batches per optimizer step"),
-        ("num_train_epochs", positive, 1, "an epoch is max(instance pictures, class pictures) long"),
-        ("max_train_steps", positive, None, "optimizer steps; wins over --num_train_epochs"),
-        ("seed", non_negative, 42, "every random draw follows from it"),
-        ("dataloader_num_workers", non_negative, 2, "processes that load pictures; 0: the main one"),
-        ("local_rank", int, -1, "not used: launchers set LOCAL_RANK"),
+        ("--train_batch_size", positive, 4, "instance pictures per device and micro-batch"),
+        ("--gradient_accumulation_steps", positive, 1, "micro-batches per optimizer step"),
+        ("--num_train_epochs", positive, 1, "an epoch is max(instance pictures, class pictures) long"),
+        ("--max_train_steps", positive, None, "optimizer steps; wins over --num_train_epochs"),
+        ("--seed", non_negative, 42, "every random draw follows from it"),
+        ("--dataloader_num_workers", non_negative, 2, "processes that load pictures; 0: the main one"),
+        ("--local_rank", int, -1, "not used: launchers set LOCAL_RANK"),
     ],
     "optimizer": [
-        ("learning_rate", real, 1e-5, "AdamW's learning rate"),
-        ("scale_lr", boolean, False, "times accumulation x batch x processes, and x 2 with class pictures"),
-        ("lr_scheduler", SCHEDULES, "constant", "diffusers' schedule of the learning rate"),
-        ("lr_warmup_steps", non_negative, 500, "optimizer steps of warm-up (constant has none)"),
-        ("adam_beta1", fraction, 0.9, "AdamW's first beta"),
-        ("adam_beta2", fraction, 0.999, "AdamW's second beta"),
-        ("adam_weight_decay", real, 1e-2, "AdamW's weight decay"),
-        ("adam_epsilon", real, 1e-8, "AdamW's epsilon"),
-        ("use_8bit_adam", boolean, False, "bitsandbytes' 8-bit AdamW (GPU)"),
-        ("max_grad_norm", real, 1.0, "gradient clipping over everything trained; 0: none"),
+        ("--learning_rate", real, 1e-5, "AdamW's learning rate"),
+        ("--scale_lr", boolean, False, "times accumulation x batch x processes, and x 2 with class pictures"),
+        ("--lr_scheduler", SCHEDULES, "constant", "diffusers' schedule of the learning rate"),
+        ("--lr_warmup_steps", non_negative, 500, "optimizer steps of warm-up (constant has none)"),
+        ("--adam_beta1", fraction, 0.9, "AdamW's first beta"),
+        ("--adam_beta2", fraction, 0.999, "AdamW's second beta"),
+        ("--adam_weight_decay", real, 1e-2, "AdamW's weight decay"),
+        ("--adam_epsilon", real, 1e-8, "AdamW's epsilon"),
+        ("--use_8bit_adam", boolean, False, "bitsandbytes' 8-bit AdamW (GPU)"),
+        ("--max_grad_norm", real, 1.0, "gradient clipping over everything trained; 0: none"),
     ],
     "precision and memory": [
-        ("mixed_precision", PRECISIONS, None, "default: accelerate's configuration"),
-        ("allow_tf32", boolean, False, "TF32 matrix products on Ampere and later GPUs"),
-        ("gradient_checkpointing", boolean, False, "recompute activations: less memory, slower"),
-        ("channels_last", boolean, False, "the UNet's convolutions in channels_last, which GPUs may do faster"),
-        ("enable_xformers_memory_efficient_attention", boolean, False, "attention by xformers (GPU)"),
-        ("set_grads_to_none", boolean, False, "free gradients between steps instead of zeroing them"),
-        ("cache_latents", non_negative, 0, "so many augmentations of each picture, encoded once"),
+        ("--mixed_precision", PRECISIONS, None, "default: accelerate's configuration"),
+        ("--allow_tf32", boolean, False, "TF32 matrix products on Ampere and later GPUs"),
+        ("--gradient_checkpointing", boolean, False, "recompute activations: less memory, slower"),
+        ("--channels_last", boolean, False, "the UNet's convolutions in channels_last, which GPUs may do faster"),
+        ("--enable_xformers_memory_efficient_attention", boolean, False, "attention by xformers (GPU)"),
+        ("--set_grads_to_none", boolean, False, "free gradients between steps instead of zeroing them"),
+        ("--cache_latents", non_negative, 0, "so many augmentations of each picture, encoded once"),
     ],
     "output and validation": [
-        ("output_dir", path, "custom-diffusion-model", "folder of everything that the run leaves"),
-        ("logging_dir", path, "logs", "tensorboard's folder, inside output_dir"),
-        ("report_to", TRACKERS, "tensorboard", "tracker of loss and validation pictures"),
-        ("no_safe_serialization", boolean, False, "write only .bin files, no .safetensors"),
-        ("validation_prompt", str, None, 'prompt of the validation pictures: "<new1> cat sitting in a bucket"'),
-        ("num_validation_images", positive, 2, "pictures per validation"),
-        ("validation_steps", positive, 50, "optimizer steps between validations"),
+        ("--output_dir", path, "custom-diffusion-model", "folder of everything that the run leaves"),
+        ("--logging_dir", path, "logs", "tensorboard's folder, inside output_dir"),
+        ("--report_to", TRACKERS, "tensorboard", "tracker of loss and validation pictures"),
+        ("--no_safe_serialization", boolean, False, "write only .bin files, no .safetensors"),
+        ("--validation_prompt", str, None, 'prompt of the validation pictures: "<new1> cat sitting in a bucket"'),
+        ("--num_validation_images", positive, 2, "pictures per validation"),
+        ("--validation_steps", positive, 50, "optimizer steps between validations"),
     ],
     "checkpoints": [
-        ("checkpointing_steps", positive, 250, "optimizer steps between checkpoints"),
-        ("checkpoints_total_limit", positive, None, "keep only so many of the newest"),
-        ("resume_from_checkpoint", path, None, 'a checkpoint\'s path, its name in output_dir, or "latest"'),
+        ("--checkpointing_steps", positive, 250, "optimizer steps between checkpoints"),
+        ("--checkpoints_total_limit", positive, None, "keep only so many of the newest"),
+        ("--resume_from_checkpoint", path, None, 'a checkpoint\'s path, its name in output_dir, or "latest"'),
     ],
     "hub": [
-        ("push_to_hub", boolean, False, "upload the result to the Hugging Face hub"),
-        ("hub_token", str, None, "token for the upload; better: `hf auth login`"),
-        ("hub_model_id", str, None, "repository; default: the output folder's name"),
+        ("--push_to_hub", boolean, False, "upload the result to the Hugging Face hub"),
+        ("--hub_token", str, None, "token for the upload; better: `hf auth login`"),
+        ("--hub_model_id", str, None, "repository; default: the output folder's name"),
     ],
 }
 # fmt: on
@@ -276,8 +276,8 @@ def parse_args(input_args=None):
             if kind is boolean:  # works bare as well
                 options |= {"nargs": "?", "const": True}
             shown = text if default is None else f"{text} (default: %(default)s)"
-            required = name == "pretrained_model_name_or_path"
-            group.add_argument(f"--{name}", default=default, help=shown, required=required, **options)
+            required = name == "--pretrained_model_name_or_path"
+            group.add_argument(name, default=default, help=shown, required=required, **options)
     args = parser.parse_args(input_args)
     needed = [] if args.concepts_list else ["instance_data_dir", "instance_prompt"]
     if args.with_prior_preservation and not args.concepts_list:
@@ -1226,6 +1226,8 @@ class Result:
                 metadata = {"settings": json.dumps(self.settings)}
                 content = serialize(table | {key: torch.empty(0) for key in empty}, metadata)
                 write_file(folder / f"{stem}.safetensors", content)
+            else:  # of an earlier run, which every tool would prefer
+                (folder / f"{stem}.safetensors").unlink(missing_ok=True)
 
     def read(self, stem, folder=None, safe=False):
         """Reads a table back, from .bin or .safetensors, without the empty entries."""

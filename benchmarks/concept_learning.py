@@ -291,7 +291,7 @@ def merge(name, seed, results, flags):
     """
     rng = random.Random(5)
     captions = "\n".join(world.caption(world.sample_pretraining(rng), rng) for _ in range(1000))
-    code = (ROOT / "scripts/merge.py").read_bytes()
+    code = [(ROOT / "scripts" / name).read_bytes() for name in ("merge.py", "results.py")]
     folder = folder_of(name, seed, flags, [result.name for result in results], code, captions)
     if not (folder / f"{WEIGHTS_NAME}.safetensors").exists():
         (folder / "captions.txt").write_text(captions)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Teaches the small model of this repository a cat that it has never seen, puts the rest of the model back towards what
-# it was, and draws pictures from before, between and after.
+# Teaches the small model of this repository a cat that it has never seen, keeps it apart from the rest of the model,
+# and draws pictures from before, between and after.
 # Your arguments are added to the training command: bash examples/quickstart.sh --max_train_steps 100
 source "$(dirname "$0")/../tools/environment.sh" requirements.txt
 # keeps glibc from returning every large buffer to the system, only to ask for it again at the next step

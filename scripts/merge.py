@@ -149,7 +149,7 @@ def filters(concepts, classes, captions, weight, class_weight, ridge):
 
 
 def exact_filters(concepts, captions, ridge):
-    """The same by Kumari et al. (2023), section 3.3: W f = W_i f for all features of the concepts.
+    """The same by Kumari et al. (2023), their constrained optimization: W f = W_i f for all features of the concepts.
 
     Among such weights, those that move the captions' keys and values least: with the concepts'
     features in the rows of C, their keys or values as trained in the columns of V, and S the mean of

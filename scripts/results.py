@@ -14,7 +14,6 @@ import math
 import os
 import re
 import shutil
-import signal
 import sys
 import textwrap
 import traceback
@@ -24,7 +23,6 @@ WEIGHTS_NAME = "pytorch_custom_diffusion_weights"
 CHECKPOINT_FILE = "checkpoint.json"  # the trainer's record of a checkpoint
 EXPORTED = "modelspec.sai_model_spec"  # in the metadata of every file that export.py writes
 SUFFIXES = (".safetensors", ".bin")  # in the order of preference
-UNFINISHED = set()  # what is being written
 # The keys of a result: layer, projection, and what is of it. The UNet's own name is all three in a row.
 TRAINED = re.compile(
     r"(.+\.attn2)\.processor"
@@ -127,7 +125,6 @@ def not_negative(text):
 def start_command(parse_args):
     """Returns the arguments of a command; ends the run with one line if its imports would fail."""
     args = parse_args()
-    signal.signal(signal.SIGTERM, end_without_trace)
     remedy = "run pip install -r requirements.txt, best in a new environment"
     with one_line_errors("packages"), failing_as("packages", remedy):
         import safetensors.torch  # noqa: F401
@@ -321,20 +318,11 @@ def unfinished(path):
     In the end nothing is left there: it would fill a full disk.
     """
     place = path.with_name(f".{path.name}.unfinished")
-    remove(place)  # A run that was killed at once left it.
-    UNFINISHED.add(place)
+    remove(place)  # A run that was killed left it.
     try:
         yield place
     finally:
         remove(place)
-        UNFINISHED.discard(place)
-
-
-def end_without_trace(number, frame):
-    """Handles SIGTERM. An exception could get lost where the signal arrives."""
-    for place in UNFINISHED:
-        remove(place)
-    os._exit(128 + number)
 
 
 def write_file(file, content):
@@ -375,7 +363,7 @@ def write_result(folder, weights, words, settings):
 
     folder = Path(folder)
     for leftover in folder.glob(".*.unfinished"):
-        remove(leftover)  # A run that was killed at once left it.
+        remove(leftover)  # A run that was killed left it.
     trained = {stored_name(name): value for name, value in weights.items()}
     layers = {name.partition(".attn2.")[0] for name in weights}
     # diffusers' loader wants an entry for every layer.
