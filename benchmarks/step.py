@@ -33,7 +33,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
-from multiprocessing import get_context
+from multiprocessing import get_context, set_start_method
 from pathlib import Path
 
 import numpy as np
@@ -379,7 +379,7 @@ def work(pipe, setup, words, rank, port, log):
     """What the process of a row does; of several processes the first obeys and the others keep in step with it."""
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
     os.dup2(1, 2)
-    threads = setup.threads or os.cpu_count()
+    threads = setup.threads or os.environ.get("OMP_NUM_THREADS", os.cpu_count())
     os.environ |= {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     if setup.dynamo:
         os.environ["ACCELERATE_DYNAMO_BACKEND"] = setup.dynamo.upper()  # as accelerate launch --dynamo_backend does
@@ -392,6 +392,8 @@ def work(pipe, setup, words, rank, port, log):
     script = importlib.import_module(Path(setup.script).stem)
     if not torch.cuda.is_available():
         words.append("--dataloader_num_workers=0")  # idle rows must not prepare pictures meanwhile
+    if sys.platform == "linux":  # a spawned process would spawn its data loader's workers, too
+        set_start_method("fork", force=True)
     if rank == 0:
         Worker(pipe, script, setup).install()
     script.main(script.parse_args(words))
