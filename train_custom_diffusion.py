@@ -40,7 +40,6 @@ import signal
 import sys
 import tempfile
 import textwrap
-import time
 import traceback
 import warnings
 from datetime import timedelta
@@ -248,6 +247,24 @@ FLAGS = {  # by group: flag, type or choices, default, help
 # fmt: on
 
 
+def modifier_tokens(args):
+    """New words of --modifier_token, in order; an empty list for none."""
+    return args.modifier_token.split("+") if args.modifier_token else []
+
+
+def check_versions():
+    """Fails if Python or a package is missing or not in a version that this script works with."""
+    if sys.version_info < (3, 10):  # noqa: UP036 (an older one gets this far)
+        fail(f"Python {sys.version.split()[0]}", "this script needs 3.10 or later")
+    with failing_as("packages", INSTALL):
+        from packaging.requirements import Requirement  # here, as --help needs no package
+
+        for needed in map(Requirement, NEEDED):
+            found = importlib.metadata.version(needed.name)
+            if not needed.specifier.contains(found, prereleases=True):
+                raise ImportError(f"{needed.name} {found} is installed, and {needed} is needed")
+
+
 def parse_args(input_args=None):
     """Reads the command line, or the strings `input_args`, into a checked `argparse.Namespace`."""
     parser = ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
@@ -280,24 +297,6 @@ def parse_args(input_args=None):
         parser.error(f"--initializer_token {args.initializer_token}: give one for each of {args.modifier_token}")
     check_versions()
     return args
-
-
-def modifier_tokens(args):
-    """New words of --modifier_token, in order; an empty list for none."""
-    return args.modifier_token.split("+") if args.modifier_token else []
-
-
-def check_versions():
-    """Fails if Python or a package is missing or not in a version that this script works with."""
-    if sys.version_info < (3, 10):  # noqa: UP036 (an older one gets this far)
-        fail(f"Python {sys.version.split()[0]}", "this script needs 3.10 or later")
-    with failing_as("packages", INSTALL):
-        from packaging.requirements import Requirement  # here, as --help needs no package
-
-        for needed in map(Requirement, NEEDED):
-            found = importlib.metadata.version(needed.name)
-            if not needed.specifier.contains(found, prereleases=True):
-                raise ImportError(f"{needed.name} {found} is installed, and {needed} is needed")
 
 
 @contextlib.contextmanager
@@ -370,35 +369,6 @@ class Concept:
     class_samples: list = dataclasses.field(default_factory=list)
 
 
-def read_concepts(args):
-    """Reads and checks what needs no model, every picture included. Returns a list of `Concept`."""
-    output_dir = Path(args.output_dir).resolve()
-    existing = next(path for path in (output_dir, *output_dir.parents) if path.exists())
-    if not (existing.is_dir() and os.access(existing, os.W_OK)):
-        problem = f"{existing} is not a folder that can be written to; give another"
-        fail(f"--output_dir {args.output_dir}", problem)
-    entries = read_concepts_list(args) if args.concepts_list else [vars(args)]
-    concepts = []
-    for entry in entries:
-        folder = Path(entry["instance_data_dir"]).expanduser()
-        prompt = entry["instance_prompt"]
-        files = find_images(folder, "instance_data_dir")
-        if not files:
-            fail(f"instance_data_dir {folder}", "no pictures in it; put 3 to 20 there")
-        concept = Concept(prompt, [(file, read_caption(file, prompt)) for file in files])
-        if args.with_prior_preservation:
-            concept.class_prompt = entry["class_prompt"]
-            concept.class_data_dir = Path(entry["class_data_dir"]).expanduser()
-            read_class_images(concept, args)
-        concepts.append(concept)
-    check_folders(concepts, output_dir, args.real_prior)
-    samples = [sample for concept in concepts for sample in concept.instance_samples + concept.class_samples]
-    for file in dict(samples):
-        with failing_as(file, "not a readable picture: repair or remove it"):
-            load_picture(file)
-    return concepts
-
-
 def check_folders(concepts, output_dir, real_prior):
     """Fails if a folder has two purposes, in one concept or in two, however its path is written."""
     instance_folders = {file.parent.resolve() for concept in concepts for file, _ in concept.instance_samples}
@@ -435,6 +405,17 @@ def read_concepts_list(args):
     return entries
 
 
+def find_images(folder, name):
+    """Picture files of a folder, by their ending, sorted by name; without hidden files and folders."""
+    known = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    with failing_as(f"{name} {folder}", "give a folder of pictures"):
+        files = [file for file in sorted(folder.iterdir()) if file.name[0] != "." and not file.is_dir()]
+    left_out = [file.name for file in files if file.suffix.lower() in {".heic", ".heif", ".hif"} - known]
+    if left_out:
+        print(f"{name} {folder}: left out {', '.join(left_out)}; to take them, `pip install pillow-heif`")
+    return [file for file in files if file.suffix.lower() in known]
+
+
 def read_class_images(concept, args):
     """Fills in the concept's class samples: from retrieve.py's lists, or from a plain folder."""
     folder = concept.class_data_dir
@@ -459,17 +440,6 @@ def read_class_images(concept, args):
         problem = f"no real class pictures in it; run: {shlex.join(command)}"
         fail(f"class_data_dir {folder}", problem)
     concept.class_samples = samples[: args.num_class_images]
-
-
-def find_images(folder, name):
-    """Picture files of a folder, by their ending, sorted by name; without hidden files and folders."""
-    known = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    with failing_as(f"{name} {folder}", "give a folder of pictures"):
-        files = [file for file in sorted(folder.iterdir()) if file.name[0] != "." and not file.is_dir()]
-    left_out = [file.name for file in files if file.suffix.lower() in {".heic", ".heif", ".hif"} - known]
-    if left_out:
-        print(f"{name} {folder}: left out {', '.join(left_out)}; to take them, `pip install pillow-heif`")
-    return [file for file in files if file.suffix.lower() in known]
 
 
 def read_caption(image, default):
@@ -512,15 +482,64 @@ def load_picture(file, least=math.inf, keep_alpha=False):
     return image.reduce(factor), image.size
 
 
+def read_concepts(args):
+    """Reads and checks what needs no model, every picture included. Returns a list of `Concept`."""
+    output_dir = Path(args.output_dir).resolve()
+    existing = next(path for path in (output_dir, *output_dir.parents) if path.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        problem = f"{existing} is not a folder that can be written to; give another"
+        fail(f"--output_dir {args.output_dir}", problem)
+    entries = read_concepts_list(args) if args.concepts_list else [vars(args)]
+    concepts = []
+    for entry in entries:
+        folder = Path(entry["instance_data_dir"]).expanduser()
+        prompt = entry["instance_prompt"]
+        files = find_images(folder, "instance_data_dir")
+        if not files:
+            fail(f"instance_data_dir {folder}", "no pictures in it; put 3 to 20 there")
+        concept = Concept(prompt, [(file, read_caption(file, prompt)) for file in files])
+        if args.with_prior_preservation:
+            concept.class_prompt = entry["class_prompt"]
+            concept.class_data_dir = Path(entry["class_data_dir"]).expanduser()
+            read_class_images(concept, args)
+        concepts.append(concept)
+    check_folders(concepts, output_dir, args.real_prior)
+    # A picture that cannot be read would otherwise end the run when its turn comes.
+    samples = [sample for concept in concepts for sample in concept.instance_samples + concept.class_samples]
+    for file in dict(samples):
+        with failing_as(file, "not a readable picture: repair or remove it"):
+            load_picture(file)
+    return concepts
+
+
 def draw_scale(size, rng):
     """Scale in pixels: 66 % uniform in [size/3, size], the others in [1.2 size, 1.4 size).
 
-    These are the values of the authors' own code; the paper (section 4, training details) gives
-    close ones.
+    These are the values of the guide's script.
     """
     if rng.random() < 0.66:
         return int(rng.integers(size // 3, size + 1))
     return int(rng.integers(int(1.2 * size), int(1.4 * size)))
+
+
+def inner_cells(start, length, factor):
+    """Latent cells strictly inside [start, start + length) pixels, or else the one at its centre."""
+    first = start // factor + 1
+    last = (start + length) // factor - 1
+    if first < last:
+        return slice(first, last)
+    centre = (start + length // 2) // factor
+    return slice(centre, centre + 1)  # an empty mask makes a loss of NaN
+
+
+def random_window(image, scale, size, rng):
+    """Random window, shorter side resized to `scale`: RGBX (size, size, 4), uint8; (top, left)."""
+    width, height = (round(length * scale / min(image.size)) for length in image.size)
+    left = int(rng.integers(width - size + 1))
+    top = int(rng.integers(height - size + 1))
+    resized = image.resize((width, height), Image.Resampling.BILINEAR)
+    window = resized.crop((left, top, left + size, top + size))
+    return np.asarray(window.convert("RGBX")), (top, left)
 
 
 def place_instance(image, scale, size, factor, rng):
@@ -544,26 +563,6 @@ def place_instance(image, scale, size, factor, rng):
     return pixels, None, mask
 
 
-def inner_cells(start, length, factor):
-    """Latent cells strictly inside [start, start + length) pixels, or else the one at its centre."""
-    first = start // factor + 1
-    last = (start + length) // factor - 1
-    if first < last:
-        return slice(first, last)
-    centre = (start + length // 2) // factor
-    return slice(centre, centre + 1)  # an empty mask makes a loss of NaN
-
-
-def random_window(image, scale, size, rng):
-    """Random window, shorter side resized to `scale`: RGBX (size, size, 4), uint8; (top, left)."""
-    width, height = (round(length * scale / min(image.size)) for length in image.size)
-    left = int(rng.integers(width - size + 1))
-    top = int(rng.integers(height - size + 1))
-    resized = image.resize((width, height), Image.Resampling.BILINEAR)
-    window = resized.crop((left, top, left + size, top + size))
-    return np.asarray(window.convert("RGBX")), (top, left)
-
-
 def time_ids(original_size, corner, size):
     """SDXL's size conditions, (6,): the original's height and width, the window's top and left, size twice.
 
@@ -574,6 +573,20 @@ def time_ids(original_size, corner, size):
         return np.array((size, size, 0, 0, size, size), np.float32)
     (width, height), (top, left) = original_size, corner
     return np.array((height, width, top, left, size, size), np.float32)
+
+
+def collate_fn(draws):
+    """Batch of draws as one dict of tensors: first the instance examples, then the class examples."""
+    instances = [examples[0] for examples in draws]
+    classes = [examples[1] for examples in draws if len(examples) > 1]
+    batch = {}
+    for key in instances[0]:
+        values = [example[key] for example in instances + classes if key in example]
+        batch[key] = torch.from_numpy(np.stack(values))
+    # A worker shares its batch here, where a full /dev/shm is an error: later the batch would be lost in silence.
+    if get_worker_info():
+        batch = {key: values.share_memory_() for key, values in batch.items()}
+    return batch
 
 
 @dataclasses.dataclass
@@ -646,6 +659,7 @@ class CustomDiffusionDataset(Dataset):
         --alpha_mask its mean over a cell is a factor of the mask. For SDXL also input_ids_2
         (tokens,) and time_ids (6,).
         """
+        # Get the picture and cut it to a square if asked for
         size, cells = self.size, self.latent_shape[1]
         is_instance = picture < len(self.instances)
         file, prompt = (self.instances + self.classes)[picture]
@@ -657,6 +671,7 @@ class CustomDiffusionDataset(Dataset):
             # Whole pixels: resampling would blur a sharp edge of the alpha.
             image = ImageOps.fit(image, (side, side), Image.Resampling.NEAREST)
             original_size = (min(original_size), min(original_size))
+        # Place it, and let the prompt say how
         if is_instance:
             scale = draw_scale(size, rng) if self.aug else size
             pixels, corner, mask = place_instance(image, scale, size, size // cells, rng)
@@ -671,6 +686,7 @@ class CustomDiffusionDataset(Dataset):
         else:
             pixels, corner = random_window(image, size, size, rng)
             mask = np.ones((cells, cells), np.float32)
+        # Tokenize the prompt
         example = {"pixels": pixels.transpose(2, 0, 1), "mask": mask[None]}
         tokenizers = self.tokenizers if is_instance else self.class_tokenizers
         for name, tokenizer in zip(("input_ids", "input_ids_2"), tokenizers, strict=False):
@@ -702,18 +718,11 @@ class CustomDiffusionDataset(Dataset):
         return collate_fn(examples)
 
 
-def collate_fn(draws):
-    """Batch of draws as one dict of tensors: first the instance examples, then the class examples."""
-    instances = [examples[0] for examples in draws]
-    classes = [examples[1] for examples in draws if len(examples) > 1]
-    batch = {}
-    for key in instances[0]:
-        values = [example[key] for example in instances + classes if key in example]
-        batch[key] = torch.from_numpy(np.stack(values))
-    # A worker shares its batch here, where a full /dev/shm is an error: later the batch would be lost in silence.
-    if get_worker_info():
-        batch = {key: values.share_memory_() for key, values in batch.items()}
-    return batch
+def ignore_signals(worker):
+    """Keeps a data-loader worker alive while the main process stops: signals go to the whole group."""
+    # The worker ends when it is told to, or when its parent is gone.
+    for signal_number in STOP_SIGNALS:
+        signal.signal(signal_number, signal.SIG_IGN)
 
 
 def build_dataloader(args, accelerator, dataset, batch_size, sampler=None, collate_fn=collate_fn):
@@ -727,13 +736,6 @@ def build_dataloader(args, accelerator, dataset, batch_size, sampler=None, colla
         worker_init_fn=ignore_signals,
         pin_memory=accelerator.device.type == "cuda",
     )
-
-
-def ignore_signals(worker):
-    """Keeps a data-loader worker alive while the main process stops: signals go to the whole group."""
-    # The worker ends when it is told to, or when its parent is gone.
-    for signal_number in STOP_SIGNALS:
-        signal.signal(signal_number, signal.SIG_IGN)
 
 
 # ---------- Tokens, attention and models ------------------------------------------------------------------------
@@ -895,6 +897,7 @@ def add_words(tokenizer, args):
     words = modifier_tokens(args)
     is_default = args.initializer_token == DEFAULT_INITIALIZERS
     vocabulary = tokenizer.get_vocab()
+    # A word stands for its one token, and what is no word for the entry of the vocabulary that it is.
     initializer_ids = []
     for initializer in args.initializer_token.split("+")[: len(words)]:
         pieces = tokenizer.tokenize(initializer)
@@ -905,6 +908,7 @@ def add_words(tokenizer, args):
         if len(pieces) != 1:
             fail(f"--initializer_token {initializer!r}", f"not one token but {pieces}; give a word that is one")
         initializer_ids.append(vocabulary[pieces[0]])
+    # A new word must be new, for diffusers' loader as well.
     names = {*vocabulary, *words}
     for word in words:
         lower = word.lower()  # as diffusers' loader of embeddings matches it
@@ -951,8 +955,7 @@ def custom_diffusion_processors(unet, freeze_model, use_xformers=False):
     """Attention processors by layer; the cross-attention's (attn2) have trainable copies of its weights.
 
     They are float32; their shapes follow from the weights, so any UNet works. In Stable Diffusion
-    1.x the 16 layers of cross-attention have 32 keys and values, 19.2 million numbers (paper,
-    section 3.1: 5 % of the model).
+    1.x the 16 layers of cross-attention have 32 key and value projections, 19.2 million numbers.
     """
     train_q_out = freeze_model == "crossattn"
     projections = ("to_k", "to_v", "to_q", "to_out") if train_q_out else ("to_k", "to_v")
@@ -984,6 +987,7 @@ def build_models(args, accelerator, pipeline, word_ids, initializer_ids):
     text_encoders = [text_encoder for _, text_encoder in text_parts(pipeline)]
     dtype = training_dtype(accelerator)
     use_xformers = args.enable_xformers_memory_efficient_attention
+    # Freeze everything
     for network in (*text_encoders, unet, vae):
         network.requires_grad_(False)
     if use_xformers:
@@ -1000,6 +1004,7 @@ def build_models(args, accelerator, pipeline, word_ids, initializer_ids):
     # SDXL's VAE overflows in fp16.
     is_vae_float = len(text_encoders) > 1 and dtype == torch.float16 and vae.config.force_upcast
     vae.to(torch.float32 if is_vae_float else dtype)
+    # Save memory where asked for, and move to the device
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
         for text_encoder in text_encoders:
@@ -1121,7 +1126,7 @@ def build_dataset(args, accelerator, pipeline, concepts, base_tokenizers):
 
 
 def diffusion_loss(model, vae, noise_scheduler, batch, prior_loss_weight):
-    """Loss of one micro-batch, a scalar (paper, sections 3.1 and 3.2).
+    """Loss of one micro-batch, a scalar: the paper's for one concept, with its regularization.
 
     The batch has B instance examples, then as many class examples with prior preservation: pixels
     (2B, 4, S, S) or mean and std (2B, channels, h, w); posterior_noise and noise (2B, channels, h,
@@ -1366,6 +1371,17 @@ def trained_values(pipeline, words):
     return {key: value.to(pipeline.unet.dtype).cpu() for key, value in values.items()}
 
 
+def check_files(result, tables):
+    """Fails unless the files hold these tables to the bit."""
+    for stem, table in tables.items():
+        for safe in {False, result.safe}:
+            with failing_as(result.folder, "its files cannot be read back; is the disk full or broken?"):
+                found = result.read(stem, safe=safe)
+            for key, values in table.items():
+                if key not in found or not torch.equal(found[key], values):
+                    fail(result.folder, f"the files of {stem} do not hold what was trained; is the disk broken?")
+
+
 @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 def prove_reload(result, accelerator, pipeline, base_tokenizers, concepts):
     """Loads the files as a user does, and leaves the pipeline so; fails unless all is as it was trained.
@@ -1377,6 +1393,7 @@ def prove_reload(result, accelerator, pipeline, base_tokenizers, concepts):
     prediction within rounding, as diffusers installs another attention kernel.
     """
     torch.backends.cuda.matmul.allow_tf32 = False  # its rounding would pass for a difference
+    # What was trained, what it predicts, and how it reads the prompts
     prompts = [caption for concept in concepts for _, caption in concept.instance_samples]
     class_prompts = [concept.class_prompt for concept in concepts if concept.class_prompt]
     tables = result.tables(pipeline)
@@ -1392,6 +1409,7 @@ def prove_reload(result, accelerator, pipeline, base_tokenizers, concepts):
     except Exception:
         check_files(result, tables)
         raise
+    # The same of what diffusers has loaded
     problem = f"its files are kept, but diffusers {diffusers.__version__} loads another"
     loaded = trained_values(pipeline, result.words)
     for key, values in trained.items():
@@ -1403,17 +1421,6 @@ def prove_reload(result, accelerator, pipeline, base_tokenizers, concepts):
     difference = (predict(accelerator, pipeline, prompts[0]) - prediction).abs().max()
     if not difference <= ROUNDING[pipeline.unet.dtype] * prediction.abs().max():
         fail(result.folder, f"{problem} prediction")
-
-
-def check_files(result, tables):
-    """Fails unless the files hold these tables to the bit."""
-    for stem, table in tables.items():
-        for safe in {False, result.safe}:
-            with failing_as(result.folder, "its files cannot be read back; is the disk full or broken?"):
-                found = result.read(stem, safe=safe)
-            for key, values in table.items():
-                if key not in found or not torch.equal(found[key], values):
-                    fail(result.folder, f"the files of {stem} do not hold what was trained; is the disk broken?")
 
 
 def print_usage(result, args, concepts):
@@ -1461,6 +1468,7 @@ Custom Diffusion weights for `{base}`, trained on pictures of {", ".join(f"`{pro
 {shown if pictures else ""}
 """
     (result.folder / "README.md").write_text(card, encoding="utf-8")
+    # Upload by name, as a folder can hold anything besides.
     sheets = ["before_after.png", "steps.png"] if pictures else []
     # The hub's patterns are those of file names, in which brackets and stars of a word mean something else.
     endings = ("bin", "safetensors") if result.safe else ("bin",)
@@ -1491,7 +1499,8 @@ class Checkpoints:
         self.result, self.accelerator, self.pipeline = result, accelerator, pipeline
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.limit = limit
-        self.started = time.time()  # of the run, however often it is resumed
+        # A run has one number, however often it is resumed.
+        self.run = 1 + max((run for run, _ in self.saved().values()), default=0)
 
     def claim_folder(self):
         """Locks the output folder and rehearses the end there: saves, and lets diffusers load the weights.
@@ -1521,29 +1530,29 @@ class Checkpoints:
                 raise RuntimeError(f"diffusers {diffusers.__version__} does not install the weights")
 
     def saved(self):
-        """Checkpoints of the output folder: of the latest run the last, and within a run by step.
+        """Checkpoints of the output folder in their order: {folder: (number of the run, step)}.
 
-        The record of each says when its run started, as the times of files say nothing after a copy
-        or a download.
+        The records say so, as the times of files say nothing after a copy or a download.
         """
-        folders = {}
+        orders = {}
         for file in self.result.folder.glob(f"checkpoint-*/{CHECKPOINT_NAME}"):
             try:
                 record = json.loads(file.read_bytes())
-                folders[file.parent] = (record.get("started", 0), record["step"])
+                orders[file.parent] = (record.get("run", 0), record["step"])
             except (ValueError, KeyError, AttributeError):
-                folders[file.parent] = (0, 0)  # corrupt: it is taken last, and deleted first
-        return sorted(folders, key=folders.get)
+                orders[file.parent] = (-1, 0)  # corrupt: taken last, and deleted first
+        return {folder: orders[folder] for folder in sorted(orders, key=orders.get)}
 
     def save(self, step):
         """Writes a checkpoint; only then deletes the oldest ones beyond --checkpoints_total_limit."""
         scaler = self.accelerator.scaler
+        # The settings of optimizer and schedule are left out, as those of the command line count when a run is resumed.
         state = {
             "optimizer": self.optimizer.state_dict()["state"],
             "lr_scheduler": self.lr_scheduler.last_epoch,
             "scaler": scaler.state_dict() if scaler else None,
         }
-        record = {"step": step, "started": self.started, "settings": self.result.settings}
+        record = {"step": step, "run": self.run, "settings": self.result.settings}
         folder = self.result.folder / f"checkpoint-{step}"
         unfinished = self.result.folder / ".unfinished-checkpoint"
         try:
@@ -1556,7 +1565,7 @@ class Checkpoints:
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)  # it would fill a full disk
         if self.limit:
-            for old in self.saved()[: -self.limit]:
+            for old in list(self.saved())[: -self.limit]:
                 self.delete(old)
 
     def delete(self, folder):
@@ -1579,7 +1588,8 @@ class Checkpoints:
             return 0
         known = self.saved()
         if name == "latest":
-            folder = known[-1] if known else None
+            folder = list(known)[-1] if known else None
+            self.run = known.get(folder, (self.run, 0))[0]
         else:
             named = [path for path in (self.result.folder / name, Path(name)) if path.is_dir()]
             folder = named[0] if named else None
@@ -1598,6 +1608,7 @@ class Checkpoints:
 
     def load(self, folder):
         """Loads weights and states, but no settings, of optimizer and schedule; returns the step."""
+        # Everything is compared before anything is loaded.
         record = json.loads((folder / CHECKPOINT_NAME).read_bytes())
         made_with = record["settings"]
         for name, value in self.result.settings.items():
@@ -1613,7 +1624,6 @@ class Checkpoints:
         # The rates of this command line at that step; a schedule's own state would bring back those of the old one.
         self.lr_scheduler.last_epoch = state["lr_scheduler"] - 1
         self.lr_scheduler.step()
-        self.started = record.get("started", 0)
         return record["step"]
 
 
@@ -1677,6 +1687,29 @@ def report_step(accelerator, progress, step, step_loss, learning_rate):
     accelerator.log({"loss": loss, "lr": learning_rate}, step=step)
 
 
+def sheet_name(step):
+    """Name of the file of a step's pictures in the output folder."""
+    return f"validation/step-{step:06d}.png"
+
+
+def label_height(resolution):
+    """Height in pixels of the line of text above the pictures of a step."""
+    return max(16, resolution // 12)
+
+
+def draw_sheet(images, label):
+    """The pictures of a step, up to four in a row, with a line of text above."""
+    columns = min(4, len(images))
+    rows = math.ceil(len(images) / columns)
+    blanks = [Image.new("RGB", images[0].size, "white")] * (rows * columns - len(images))
+    grid = make_image_grid([*images, *blanks], rows, columns)
+    height = label_height(images[0].height)
+    sheet = ImageOps.expand(grid, (0, height, 0, 0), "white")
+    font = ImageFont.load_default(0.7 * height)
+    ImageDraw.Draw(sheet).text((height // 4, height // 2), label, "black", font, anchor="lm")
+    return sheet
+
+
 def validate(args, accelerator, pipeline, step):
     """Draws --validation_prompt, each time from the same noise, for the output folder and the trackers."""
     if not args.validation_prompt:
@@ -1704,29 +1737,6 @@ def validate(args, accelerator, pipeline, step):
             options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({"validation": np.stack(images)}, step, **options)
     return images
-
-
-def sheet_name(step):
-    """Name of the file of a step's pictures in the output folder."""
-    return f"validation/step-{step:06d}.png"
-
-
-def label_height(resolution):
-    """Height in pixels of the line of text above the pictures of a step."""
-    return max(16, resolution // 12)
-
-
-def draw_sheet(images, label):
-    """The pictures of a step, up to four in a row, with a line of text above."""
-    columns = min(4, len(images))
-    rows = math.ceil(len(images) / columns)
-    blanks = [Image.new("RGB", images[0].size, "white")] * (rows * columns - len(images))
-    grid = make_image_grid([*images, *blanks], rows, columns)
-    height = label_height(images[0].height)
-    sheet = ImageOps.expand(grid, (0, height, 0, 0), "white")
-    font = ImageFont.load_default(0.7 * height)
-    ImageDraw.Draw(sheet).text((height // 4, height // 2), label, "black", font, anchor="lm")
-    return sheet
 
 
 def draw_final_pictures(args, accelerator, pipeline, step):
@@ -1787,6 +1797,7 @@ def start_accelerator(args):
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))],
         dataloader_config=DataLoaderConfiguration(non_blocking=True),
     )
+    # What was asked for must be there, as the libraries would go on without it.
     precision, device = accelerator.mixed_precision, accelerator.device.type
     supported = ("no", "bf16") if device == "cpu" else ("no", "fp16", "bf16")
     if precision not in supported:
@@ -1852,6 +1863,21 @@ def delayed_signals():
             signal.signal(signal_number, handler)
 
 
+def explain(error, output_dir):
+    """Returns subject and problem of the line for an error of the machine, or None for any other."""
+    if isinstance(error, MemoryError):
+        return REMEDIES["out of memory"]
+    if isinstance(error, RuntimeError):
+        said = f"{error} {error.__cause__}"
+        for text, line in REMEDIES.items():
+            if text in said:
+                return line
+    if isinstance(error, OSError) and (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT)):
+        remedy = "check its name, permissions and disk; --resume_from_checkpoint latest goes on then"
+        return error.filename or output_dir, f"{error.strerror}; {remedy}"
+    return None
+
+
 @contextlib.contextmanager
 def one_line_errors(output_dir):
     """Ends the run with one line for what goes wrong in the machine, and frees its memory."""
@@ -1868,32 +1894,27 @@ def one_line_errors(output_dir):
         gc.collect()  # Adam's state and the networks refer to each other in circles
 
 
-def explain(error, output_dir):
-    """Returns subject and problem of the line for an error of the machine, or None for any other."""
-    if isinstance(error, MemoryError):
-        return REMEDIES["out of memory"]
-    if isinstance(error, RuntimeError):
-        said = f"{error} {error.__cause__}"
-        for text, line in REMEDIES.items():
-            if text in said:
-                return line
-    if isinstance(error, OSError) and (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT)):
-        remedy = "check its name, permissions and disk; --resume_from_checkpoint latest goes on then"
-        return error.filename or output_dir, f"{error.strerror}; {remedy}"
-    return None
-
-
 # ---------- The run ---------------------------------------------------------------------------------------------
 
 
-def main(args):
-    """Trains what `args` (from `parse_args`) describe and leaves the result in args.output_dir.
+def finish(args, accelerator, result, pipeline, base_tokenizers, concepts, step, repository):
+    """Proves that the saved files load, draws the final pictures with them, and uploads the result.
 
-    Raises SystemExit with a line for what the user can mend, and with 128 + its number after a
-    signal.
+    The result is there: whatever else fails costs a warning. Files that load as something else end
+    the run.
     """
-    with one_line_errors(args.output_dir):
-        train(args)
+    images, checked = [], ""
+    with leaving_out("proof that the files load, and final pictures"):
+        prove_reload(result, accelerator, pipeline, base_tokenizers, concepts)
+        checked = "; loads as trained (checked)"
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    if checked and args.validation_prompt:
+        with leaving_out("final pictures"):
+            images = draw_final_pictures(args, accelerator, pipeline, step)
+    print(f"Saved to {result.folder}{checked}. To use it:\n")
+    print_usage(result, args, concepts)
+    if repository:
+        upload(result, args, concepts, [f"image_{i}.png" for i in range(len(images))], repository)
 
 
 def train(args):
@@ -1978,24 +1999,14 @@ def train(args):
         raise SystemExit(128 + (signals[0] if signals else signal.SIGTERM))
 
 
-def finish(args, accelerator, result, pipeline, base_tokenizers, concepts, step, repository):
-    """Proves that the saved files load, draws the final pictures with them, and uploads the result.
+def main(args):
+    """Trains what `args` (from `parse_args`) describe and leaves the result in args.output_dir.
 
-    The result is there: whatever else fails costs a warning. Files that load as something else end
-    the run.
+    Raises SystemExit with a line for what the user can mend, and with 128 + its number after a
+    signal.
     """
-    images, checked = [], ""
-    with leaving_out("proof that the files load, and final pictures"):
-        prove_reload(result, accelerator, pipeline, base_tokenizers, concepts)
-        checked = "; loads as trained (checked)"
-    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-    if checked and args.validation_prompt:
-        with leaving_out("final pictures"):
-            images = draw_final_pictures(args, accelerator, pipeline, step)
-    print(f"Saved to {result.folder}{checked}. To use it:\n")
-    print_usage(result, args, concepts)
-    if repository:
-        upload(result, args, concepts, [f"image_{i}.png" for i in range(len(images))], repository)
+    with one_line_errors(args.output_dir):
+        train(args)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
-"""Counts what a training step of Stable Diffusion XL keeps in a GPU's memory, without a GPU: on torch's meta device.
+"""Counts what a run of Stable Diffusion XL keeps in a GPU's memory, without a GPU: on torch's meta device.
 
     python benchmarks/sdxl_memory.py [--resolution 1024] [--batch_size 1]
 
 Builds UNet and text encoders at their real sizes, lets the trainer prepare them, and runs the forward pass of a step
 with as many class pictures as instance pictures in bfloat16. It counts weights, gradients, AdamW's state, and every
 tensor that autograd keeps. With gradient checkpointing, that is the input of each layer that is computed twice, and
-what the largest of them keeps while it is. The VAE is left out, as with --cache_latents. What a GPU needs besides (the
-allocator's gaps, libraries, workspaces) is not counted.
+what the largest of them keeps while it is. The VAE is left out, as with --cache_latents.
+
+Then it goes through the end of a run as the trainer does: what was trained is taken out of the networks, loaded again,
+and a picture is drawn. There it counts the largest sum of all tensors that are alive at one time. What a GPU needs
+besides (the allocator's gaps, libraries, workspaces) is not counted.
 """
 
 import argparse
@@ -19,6 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import train_custom_diffusion as trainer
@@ -35,6 +41,12 @@ UNET = {
     "addition_embed_type": "text_time",
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
+}
+VAE = {
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
 }
 FIRST = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 SECOND = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
@@ -80,13 +92,73 @@ class Count:
         return tensor
 
 
+class Peak(TorchDispatchMode):
+    """The largest sum of bytes of the tensors that operations make and that are alive at one time, without weights."""
+
+    def __init__(self, *networks):
+        super().__init__()
+        self.weights = {p.untyped_storage()._cdata for network in networks for p in network.parameters()}
+        self.alive, self.bytes = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata in self.weights:
+                    continue
+                self.alive.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
+        self.alive = {key: one for key, one in self.alive.items() if not one[0].expired()}
+        self.bytes = max(self.bytes, sum(size for _, size in self.alive.values()))
+        return output
+
+
+def bytes_of(network):
+    """Bytes of a network's weights."""
+    return sum(parameter.nbytes for parameter in network.parameters())
+
+
+def predict(pipeline, pictures, cells):
+    """The UNet's prediction for so many pictures, as the trainer makes it."""
+    ids = torch.zeros(pictures, 77, dtype=torch.long, device="meta")
+    noisy = torch.empty(pictures, 4, cells, cells, device="meta", dtype=torch.bfloat16)
+    timesteps = torch.zeros(pictures, dtype=torch.long, device="meta")
+    conditions = torch.empty(pictures, 6, device="meta")
+    return trainer.DenoisingModel(pipeline)(noisy, timesteps, ids, ids, conditions)
+
+
+@torch.no_grad()
+def count_end(pipeline, resolution):
+    """Returns {name: bytes} of the end of a run: the three networks, and the three peaks of what it does with them."""
+    cells = resolution // 8
+    trainer.to_base_model(pipeline, [None, None])
+    networks = [pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2]
+    base = sum(bytes_of(network) for network in networks)
+    with torch.device("meta"):
+        processors = trainer.custom_diffusion_processors(pipeline.unet, "crossattn_kv")
+    pipeline.unet.set_attn_processor(processors)
+    loaded = sum(bytes_of(network) for network in networks) - base
+    pipeline.unet.to(torch.bfloat16)  # as autocast does, layer by layer
+    found = {"base networks, bf16": base, "loaded weights, fp32": loaded, "VAE, bf16": bytes_of(pipeline.vae)}
+    with Peak(*networks) as peak:
+        predict(pipeline, 1, 32)
+    found["the proof's prediction"] = peak.bytes
+    with Peak(*networks) as peak:
+        predict(pipeline, 2, cells)
+    found["a prediction with guidance"] = peak.bytes
+    with Peak(pipeline.vae) as peak:
+        pipeline.vae.decode(torch.empty(1, 4, cells, cells, device="meta", dtype=torch.bfloat16))
+    found["decoding a picture"] = peak.bytes
+    return found
+
+
 def build():
-    """Returns the trainer's model for SDXL on the meta device, prepared for bfloat16."""
+    """Returns SDXL's pipeline on the meta device and the trainer's model of it, prepared for bfloat16."""
     text = {"vocab_size": 49408, "attn_implementation": "sdpa"}
     with torch.device("meta"):
         pipeline = SimpleNamespace(
             unet=UNet2DConditionModel(**UNET),
-            vae=AutoencoderKL(),
+            vae=AutoencoderKL(**VAE),
             text_encoder=CLIPTextModel(CLIPTextConfig(**FIRST, **text)),
             text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**SECOND, **text, projection_dim=1280)),
             tokenizer=None,
@@ -94,16 +166,17 @@ def build():
         )
         args = trainer.parse_args(["--pretrained_model_name_or_path=m", "--instance_data_dir=d", "--instance_prompt=p"])
         accelerator = SimpleNamespace(mixed_precision="bf16", device=torch.device("meta"))
-        return trainer.build_models(args, accelerator, pipeline, [[49408]] * 2, [[0]] * 2)
+        return pipeline, trainer.build_models(args, accelerator, pipeline, [[49408]] * 2, [[0]] * 2)
 
 
 def main():
     """Prints the table."""
-    parser = argparse.ArgumentParser(description="Count the memory of a training step of SDXL.")
+    parser = argparse.ArgumentParser(description="Count the memory of a run of SDXL.")
     parser.add_argument("--resolution", type=int, default=1024, help="in pixels")
     parser.add_argument("--batch_size", type=int, default=1, help="instance pictures, and as many class pictures")
     args = parser.parse_args()
-    model, n, cells = build(), 2 * args.batch_size, args.resolution // 8
+    pipeline, model = build()
+    n, cells = 2 * args.batch_size, args.resolution // 8
     frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     torch.nn.functional.scaled_dot_product_attention = lambda q, k, v, *_, **__: Attention.apply(q, k, v)
@@ -129,7 +202,18 @@ def main():
         print(f"| {name} | {size / 1e9:.2f} |")
     states = frozen + 4 * trained
     print(f"| together | {(states + outside + sum(layers.values())) / 1e9:.2f} |")
-    print(f"| together, --gradient_checkpointing | {(states + checkpointed) / 1e9:.2f} |")
+    training = states + checkpointed
+    print(f"| together, --gradient_checkpointing | {training / 1e9:.2f} |")
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda tensor: tensor):
+        end = count_end(pipeline, args.resolution)
+    print("\n| the end of the run | GB |\n| --- | --- |")
+    for name, size in end.items():
+        print(f"| {name} | {size / 1e9:.2f} |")
+    *networks, proof, prediction, decoding = end.values()
+    # The trained weights themselves are still there, as the optimizer refers to them.
+    together = sum(networks) + trained + max(proof, prediction, decoding)
+    print(f"| the end together | {together / 1e9:.2f} |")
+    print(f"| of the training, --gradient_checkpointing | {together / training:.2f} |")
 
 
 if __name__ == "__main__":

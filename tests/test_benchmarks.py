@@ -5,9 +5,11 @@ They run in a copy of the repository, so that they find no results of an earlier
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 
+import conftest
 import pytest
 import torch
 from launching import ROOT, SCRIPT, fork, fork_script
@@ -73,6 +75,17 @@ def test_command(clone, file):
     process = fork_script(clone / file, *words, cwd=clone)
     assert process.returncode == 0, process.stderr[-4000:]
     assert re.search(printed, process.stdout, re.MULTILINE), process.stdout[-3000:]
+
+
+def test_gpus_are_found_though_they_are_hidden(tmp_path, monkeypatch):
+    """`pytest -m gpu` runs on a GPU's machine: a package in torch's place sees what the question is asked with."""
+    code = 'import os\nclass cuda:\n    is_available = lambda: os.environ.get("CUDA_VISIBLE_DEVICES") != ""\n'
+    (tmp_path / "torch.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(conftest, "GPUS", None)  # as the tests were started with
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and conftest.sees_gpu()
+    monkeypatch.setattr(conftest, "GPUS", "")
+    assert not conftest.sees_gpu()
 
 
 # The benchmarks of a step
@@ -156,9 +169,9 @@ def test_benchmark_for_a_gpu_ends_in_time(clone):
 
 
 def test_memory_of_the_real_size():
-    """A step at 1024 pixels with gradient checkpointing leaves room on a GPU of 24 GB, as docs/sdxl.md says."""
-    rows = dict(
-        re.findall(r"^\| (.+) \| ([\d.]+) \|$", fork_script(ROOT / "benchmarks" / "sdxl_memory.py").stdout, re.M)
-    )
+    """A step at 1024 pixels with gradient checkpointing leaves room on a GPU of 24 GB, and so does the run's end."""
+    said = fork_script(ROOT / "benchmarks" / "sdxl_memory.py").stdout
+    rows = dict(re.findall(r"^\| (.+) \| ([\d.]+) \|$", said, re.MULTILINE))
     assert float(rows["trained weights, fp32"]) == pytest.approx(340.8e6 * 4 / 1e9, abs=0.01)
     assert 12 < float(rows["together, --gradient_checkpointing"]) < 18 < float(rows["together"])
+    assert 10 < float(rows["the end together"]) < float(rows["together, --gradient_checkpointing"])

@@ -96,6 +96,15 @@ def test_checkpoints_of_an_earlier_run_are_deleted_first(undisturbed, six_steps,
     assert same_bits(load_trained(folder), load_trained(undisturbed))
 
 
+def test_latest_after_going_on_from_an_earlier_checkpoint(undisturbed, six_steps, tmp_path):
+    """Who names a checkpoint starts a new branch there, and that is the latest."""
+    folder = copy_run(undisturbed, tmp_path / "run", "checkpoint-2", "checkpoint-4", "checkpoint-6")
+    values = six_steps | {"checkpoints_total_limit": None, "checkpointing_steps": 1}
+    fork(folder, **values | {"resume_from_checkpoint": "checkpoint-2", "max_train_steps": 3})
+    said = finish(start(folder, resume_from_checkpoint="latest", **values), folder)
+    assert f"Resuming from {folder / 'checkpoint-3'}, step 3" in said
+
+
 def test_checkpoint_that_cannot_be_deleted(undisturbed, six_steps, tmp_path):
     """As on NFS while somebody reads a file of it: a warning; the next run sweeps it up."""
     folder = tmp_path / "run"
@@ -113,7 +122,7 @@ def test_checkpoint_of_an_older_version(undisturbed, six_steps, tmp_path):
     folder = copy_run(undisturbed, tmp_path / "run", "checkpoint-4")
     file = folder / "checkpoint-4" / "checkpoint.json"
     record = json.loads(file.read_text())
-    del record["started"], record["settings"]["captions"], record["settings"]["base_model_fp16"]
+    del record["run"], record["settings"]["captions"], record["settings"]["base_model_fp16"]
     file.write_text(json.dumps(record))
     fork(folder, resume_from_checkpoint="latest", **six_steps)
     assert same_bits(load_trained(folder), load_trained(undisturbed))

@@ -163,9 +163,10 @@ def test_flags_and_defaults():
     defaults = vars(parse_args(needed)) | dict.fromkeys(word.split("=")[0][2:] for word in needed)
     rows = re.findall(r"^\| (`--[^|]+) \| ([^|]*) ?\|", PAGES["docs/flags.md"], re.MULTILINE)
     shown = {}
-    for names, values in rows:
-        names, values = re.findall(r"--(\w+)", names), values.strip().split(", ")
-        values = values * len(names) if values in (["off"], [""]) else values
+    for flag_column, default_column in rows:
+        names, values = re.findall(r"--(\w+)", flag_column), default_column.strip().split(", ")
+        if values in (["off"], [""]):
+            values *= len(names)
         assert not shown.keys() & set(names)
         shown |= dict(zip(names, values, strict=True))
     words = {False: "off", None: ""}
