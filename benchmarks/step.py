@@ -436,18 +436,28 @@ class Row:
 def measure(setups, size, rounds, steps, more=()):
     """Runs the rows interleaved; returns a list of dicts with what was measured (seconds, bytes, FLOPs).
 
-    `more` has commands of `Worker` that are given to each row in the end, and in the dicts their answers.
+    `more` has commands of `Worker` that are given to each row in the end, and in the dicts their answers. A row that
+    fails to start is left out, if there is another; an answer that fails is None.
     """
-    scratch, rows = Path(tempfile.mkdtemp()), []
+    scratch, rows, failures = Path(tempfile.mkdtemp()), [], []
     try:
         for i, setup in enumerate(setups):
             folder = scratch / str(i)
             folder.mkdir()
             start = time.perf_counter()
-            rows.append(row := Row(setup, size, folder))
-            row.ask("time", 3)  # one at a time: starting takes memory and processor
-            row.start, row.start_memory = time.perf_counter() - start, row.ask("memory")
+            row = Row(setup, size, folder)
+            try:
+                row.ask("time", 3)  # one at a time: starting takes memory and processor
+                row.start, row.start_memory = time.perf_counter() - start, row.ask("memory")
+            except SystemExit as failure:
+                failures.append(failure)
+                row.end()
+                print(f"  {failure}", file=sys.stderr, flush=True)
+                continue
+            rows.append(row)
             print(f"  {setup.name} is ready", file=sys.stderr, flush=True)
+        if not rows:
+            raise failures[0]
         for _ in range(rounds):
             for row in rows:
                 row.times.append(row.ask("time", steps))
@@ -456,7 +466,12 @@ def measure(setups, size, rounds, steps, more=()):
             row.limits = [row.ask("limit") for _ in range(3)]
         for row in rows:
             row.parts = row.ask("parts", 3 * steps)
-            row.answers = {command: row.ask(command) for command in more}
+            row.answers = dict.fromkeys(more)
+            try:
+                for command in more:
+                    row.answers[command] = row.ask(command)
+            except SystemExit as failure:  # the row has ended, but what it has measured counts
+                print(f"  {failure}", file=sys.stderr, flush=True)
         keys = ("start", "start_memory", "times", "memory", "limits", "parts")
         return [asdict(row.setup) | {key: getattr(row, key) for key in keys} | row.answers for row in rows]
     finally:
@@ -490,7 +505,7 @@ def print_table(name, rows):
         shown = [f"{parts[part]:.3f}" if part in parts else "" for part in PARTS]
         cells = [row["name"], spread(row["times"]), f"{ratio:.2f}", f"{pictures / median:.2f}", *shown]
         cells += [f"{row['memory'] / 2**30:.2f}", f"{row['checkpoint'] / 1e6:.1f}" if row.get("checkpoint") else ""]
-        cells += [f"{row['flops'] / 1e9:.0f}", f"{share_of_limit(row):.0%}"] if "flops" in row else ["", ""]
+        cells += [f"{row['flops'] / 1e9:.0f}", f"{share_of_limit(row):.0%}"] if row.get("flops") else ["", ""]
         print(f"| {' | '.join(cells)} |")
 
 

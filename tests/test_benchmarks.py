@@ -109,12 +109,15 @@ def test_benchmark(clone, tmp_path):
         sys.path.insert(0, {str(clone / "benchmarks")!r})
         import step
         setups = step.tables("tiny", {str(tmp_path / "another.py")!r})["variants"][:3]
-        rows = step.measure(setups, "tiny", 1, 1, ("checkpoint", "flops"))
+        setups.append(step.Setup("broken", flags=("--no_such_flag",)))
+        rows = step.measure(setups, "tiny", 1, 1, ("checkpoint", "flops", "end"))
         step.print_table("variants", rows)
         print(json.dumps(rows))"""
     *table, rows = printed_by(code, tmp_path)
     reference, exact, cached = rows = json.loads(rows)
+    # one that fails is left out, and an answer that fails costs itself
     assert [row["name"] for row in rows] == ["reference fp32", "exact fp32", "cached fp32"]
+    assert [row["end"] for row in rows] == [None] * 3
     assert reference["flops"] == exact["flops"] > cached["flops"] > 0
     assert "VAE" in exact["parts"] and "VAE" not in cached["parts"]
     assert reference["checkpoint"] is None and exact["checkpoint"] > 0
