@@ -346,7 +346,7 @@ with slow_imports():
     with contextlib.suppress(ImportError):
         importlib.import_module("pillow_heif").register_heif_opener()  # for phones' pictures
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-# How far a prediction may be from another one, as a share of its largest value, when attention is computed otherwise.
+# How far a prediction may be from the same one, as a share of its largest value.
 ROUNDING = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 XL_NAMES = ("clip_l", "clip_g")  # of a word's embeddings for SDXL's two text encoders
 SCHEDULER_SETTINGS = (  # that say how a model was trained
@@ -1389,8 +1389,8 @@ def prove_reload(result, accelerator, pipeline, base_tokenizers, concepts):
     diffusers' `load_attn_procs` installs nothing, silently, without `_pipeline`, so nothing is
     taken on trust. The base networks are still in memory, frozen to the bit: what was trained is
     taken out of them, and the files are loaded into the same networks, so no second copy is needed.
-    What was trained must be equal to the last bit of the type that the networks have; the
-    prediction within rounding, as diffusers installs another attention kernel.
+    What was trained must be equal to the last bit of the type that the networks have, every prompt
+    must have the same tokens, and the prediction must be the same within rounding.
     """
     torch.backends.cuda.matmul.allow_tf32 = False  # its rounding would pass for a difference
     # What was trained, what it predicts, and how it reads the prompts
@@ -1418,22 +1418,23 @@ def prove_reload(result, accelerator, pipeline, base_tokenizers, concepts):
     for (i, prompt), expected in ids.items():
         if base_tokenizers[i](prompt).input_ids != expected:
             fail(result.folder, f"{problem} text of {prompt!r}")
+    # What diffusers' loader installs is not fused, which takes far more memory at large sizes.
+    unet, attention = pipeline.unet, attention_state_dict(pipeline.unet)
+    unet.set_attn_processor(attention_processor.AttnProcessor2_0())
+    unet.set_attn_processor(custom_diffusion_processors(unet, result.settings["freeze_model"]))
+    unet.to(accelerator.device).load_state_dict(attention, strict=False)
     difference = (predict(accelerator, pipeline, prompts[0]) - prediction).abs().max()
-    if not difference <= ROUNDING[pipeline.unet.dtype] * prediction.abs().max():
+    if not difference <= ROUNDING[unet.dtype] * prediction.abs().max():
         fail(result.folder, f"{problem} prediction")
 
 
-def print_usage(result, args, concepts):
-    """Prints how to use the result and, without class pictures, the command that keeps it apart."""
-    prompt = args.validation_prompt or concepts[0].instance_prompt
-    print(result.lines(args, prompt, str(result.folder)))
-    if result.words and args.freeze_model == "crossattn_kv" and not args.with_prior_preservation:
-        command = ["python", "scripts/merge.py", str(result.folder)]
-        for name in ("pretrained_model_name_or_path", "revision", "variant", "tokenizer_name"):
-            if getattr(args, name):
-                command += [f"--{name}", getattr(args, name)]
-        command += ["--output_dir", f"{result.folder}-apart"]
-        print(f"\nTo keep what else the model knows as it was (docs/merging.md):\n\n{shlex.join(command)}")
+def merge_command(result, args):
+    """The command that keeps the concept apart from the rest of the model (docs/merging.md)."""
+    command = ["python", "scripts/merge.py", str(result.folder)]
+    for name in ("pretrained_model_name_or_path", "revision", "variant", "tokenizer_name"):
+        if getattr(args, name):
+            command += [f"--{name}", getattr(args, name)]
+    return shlex.join([*command, "--output_dir", f"{result.folder}-apart"])
 
 
 def upload(result, args, concepts, pictures, repository):
@@ -1741,11 +1742,6 @@ def validate(args, accelerator, pipeline, step):
 
 def draw_final_pictures(args, accelerator, pipeline, step):
     """Draws the final pictures and puts them beside those of earlier steps; returns them."""
-    # What diffusers' loader installs is not fused: it takes far more memory at large sizes.
-    loaded = attention_state_dict(pipeline.unet)
-    pipeline.unet.set_attn_processor(attention_processor.AttnProcessor2_0())
-    pipeline.unet.set_attn_processor(custom_diffusion_processors(pipeline.unet, args.freeze_model))
-    pipeline.unet.to(accelerator.device).load_state_dict(loaded, strict=False)
     images = validate(args, accelerator, pipeline, step)
     folder = Path(args.output_dir)
     for i, image in enumerate(images):
@@ -1911,8 +1907,11 @@ def finish(args, accelerator, result, pipeline, base_tokenizers, concepts, step,
     if checked and args.validation_prompt:
         with leaving_out("final pictures"):
             images = draw_final_pictures(args, accelerator, pipeline, step)
-    print(f"Saved to {result.folder}{checked}. To use it:\n")
-    print_usage(result, args, concepts)
+    if result.words and args.freeze_model == "crossattn_kv" and not args.with_prior_preservation:
+        # Without class pictures the class has changed as well.
+        print(f"To keep what else the model knows as it was: {merge_command(result, args)}")
+    prompt = args.validation_prompt or concepts[0].instance_prompt
+    print(f"Saved to {result.folder}{checked}. To use it:\n\n{result.lines(args, prompt, str(result.folder))}")
     if repository:
         upload(result, args, concepts, [f"image_{i}.png" for i in range(len(images))], repository)
 

@@ -5,7 +5,6 @@ Two results are exported. sd1: keys and values of a Stable Diffusion 1.x. sd2: q
 """
 
 import contextlib
-import importlib.util
 import io
 import json
 import os
@@ -22,9 +21,13 @@ from diffusers import StableDiffusionPipeline
 from hub import Hub
 from launching import ROOT, SECRET, flags, fork, run
 from models import EMBEDDED
-from reading import WEIGHTS, fresh_pipeline, load_as_a_user, load_weights, loaded_pipeline, prediction
+from reading import WEIGHTS, fresh_pipeline, load_as_a_user, load_weights, loaded_pipeline, prediction, same_bits
+from records import base_digest, copy_result, moved_model, only_bin, rename_words, set_record, settings_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import export as script  # noqa: E402
 
 EXPORT = ROOT / "scripts" / "export.py"
 WORDS = {"sd1": ["<new1>"], "sd2": ["<New1>", "<new2>"]}
@@ -52,12 +55,9 @@ def export(result, model, output, status=0, env=None, **values):
 
 def export_here(result, model, output, **values):
     """Calls the script's main in this process, which has torch already; returns what it printed."""
-    spec = importlib.util.spec_from_file_location("export", EXPORT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     words = flags(pretrained_model_name_or_path=model, output=output, **values)
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        module.main(module.parse_args([str(result), *words]))
+        script.main(script.parse_args([str(result), *words]))
     return said.getvalue()
 
 
@@ -315,6 +315,7 @@ def test_export_into_the_results_own_folder(results, tmp_path):
     result = shutil.copytree(folder, tmp_path / "result")
     table = load_file(result / "<new1>.safetensors")
     save_file({"sks": table["<new1>"]}, result / "sks.safetensors")  # a word that is its own file's name
+    set_record(result, settings_of(result) | {"modifier_token": "<new1>+sks"})
     before = {file: file.read_bytes() for file in result.glob("*.safetensors")}
     for _ in range(2):
         said = export_here(result, model, result / "cat.safetensors")
@@ -324,6 +325,79 @@ def test_export_into_the_results_own_folder(results, tmp_path):
         "cat.safetensors",
         "new1.safetensors",
     }
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_words_of_the_record(kind, results, tmp_path):
+    """A word that an earlier run left in the folder is none of the result's; those of the record keep their order."""
+    model, folder = results["sd2"]
+    result = rename_words(copy_result(folder, tmp_path / "result"), {"<New1>": "zebra1", "<new2>": "apple1"})
+    shutil.copy(folder / "<new2>.safetensors", result)
+    said = export_here(result, model, tmp_path / "out" / "cat.safetensors", format=kind)
+    assert f"{result}: zebra1, apple1;" in said
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert names == {"cat.safetensors", "zebra1.safetensors", "apple1.safetensors"}
+
+
+def test_words_without_a_record(results, tmp_path):
+    """Without the settings that the trainer records, every embedding of the folder is a word."""
+    model, folder = results["sd2"]
+    result = set_record(copy_result(folder, tmp_path / "result"), None)
+    row = load_file(folder / "<new2>.safetensors")["<new2>"]
+    save_file({"apple1": row}, result / "apple1.safetensors")
+    save_file({"conv_in.weight": row}, result / "other.safetensors")
+    torch.save({"state": {}}, result / "optimizer.bin")
+    said = export_here(result, model, tmp_path / "cat.safetensors")
+    assert f"{result}: <New1>, <new2>, apple1;" in said
+    left_out = re.findall("^Leaving out (\\S+),", said, re.MULTILINE)
+    assert left_out == ["optimizer.bin", "other.safetensors"]
+
+
+def test_result_in_bin_alone(results, tmp_path):
+    """The same file comes of .bin, empty entries and all; where a .safetensors lies beside, it is taken."""
+    model, folder = results["sd2"]
+    both = copy_result(folder, tmp_path / "both")
+    bare = only_bin(copy_result(folder, tmp_path / "bare"))
+    assert {} in torch.load(bare / f"{WEIGHTS}.bin").values()
+    torch.save({"<new2>": torch.zeros(DIM)}, both / "<new2>.bin")
+    for result in (both, bare):
+        export_here(result, model, tmp_path / f"of {result.name}" / "cat.safetensors")
+    files = sorted((tmp_path / "of both").iterdir())
+    assert len(files) == 3
+    for file in files:
+        assert same_bits(load_file(tmp_path / "of bare" / file.name), load_file(file)), file
+
+
+def test_words_of_a_checkpoint_in_bin_alone(results, tmp_path):
+    """Its record lies beside the weights."""
+    model, folder = results["sd1"]
+    checkpoint = only_bin(shutil.copytree(folder / "checkpoint-4", tmp_path / "checkpoint-4"))
+    row = torch.load(checkpoint / "<new1>.bin")["<new1>"]
+    torch.save({"<new2>": row}, checkpoint / "<new2>.bin")
+    assert f"{checkpoint}: <new1>;" in export_here(checkpoint, model, tmp_path / "cat.safetensors")
+
+
+BASES = {  # what is added to the model's weights, the type of its files: words of the one line, if there is one
+    "the same": (0, torch.float32, None),
+    "in fp16": (0, torch.float16, None),
+    "another": (1e-3, torch.float32, "another model"),
+    "in bf16": (0, torch.bfloat16, "another precision"),
+}
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_model_of_the_record(name, results, tmp_path, capfd):
+    """Another model of the same shapes is told in one line; the same in half precision is the same."""
+    step, dtype, words = BASES[name]
+    model, folder = results["sd2"]
+    digest = base_digest(model, folder, torch.float16)
+    result = copy_result(folder, tmp_path / "result", base_model=None, base_model_fp16=digest)
+    other = moved_model(model, tmp_path / "model", dtype, step)
+    capfd.readouterr()  # what loading the model for the digest said
+    export_here(result, other, tmp_path / "cat.safetensors")
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == bool(words)
+    assert not words or all(text in lines[0] for text in ("warning: ", words, str(result), str(other)))
 
 
 # The merged model
@@ -363,7 +437,10 @@ def test_result_and_model_from_a_hub(results, tmp_path):
         folder, tmp_path / "upload", ignore=shutil.ignore_patterns("checkpoint-*", "logs", ".*")
     )
     with Hub() as hub:
-        for name, files in (("tester/my-cat", repository), ("tester/sd", model)):
+        bare = only_bin(copy_result(folder, tmp_path / "bare"))
+        (bare / "checkpoint-4").mkdir()
+        (bare / "checkpoint-4" / "pytorch_model.bin").write_bytes(b"the whole network")
+        for name, files in (("tester/my-cat", repository), ("tester/bare", bare), ("tester/sd", model)):
             process = run(HF, "upload", name, files, env=hub.environment(HF_TOKEN=SECRET))
             assert process.returncode == 0, process.stderr
         env = hub.environment(HF_HOME=str(tmp_path / "home"))
@@ -371,12 +448,16 @@ def test_result_and_model_from_a_hub(results, tmp_path):
         files = {file.name for file in (tmp_path / "home").rglob("*") if file.is_symlink()}
         assert f"{WEIGHTS}.safetensors" in files and "diffusion_pytorch_model.safetensors" in files
         assert not any(name.endswith(".bin") for name in files) and "model.safetensors" not in files
+        export("tester/bare", "tester/sd", tmp_path / "bare.safetensors", env=env)
+        files = {file.name for file in (tmp_path / "home").rglob("*") if file.is_symlink()}
+        assert f"{WEIGHTS}.bin" in files and "<new1>.bin" in files and "pytorch_model.bin" not in files
         remedy = export("tester/nothing", "tester/sd", tmp_path / "no.safetensors", status=1, env=env)
         assert remedy.startswith("error: tester/nothing: ") and len(remedy.splitlines()) == 1
     export_here(folder, model, tmp_path / "local.safetensors")
     assert (tmp_path / "hub.safetensors").stat().st_size == (tmp_path / "local.safetensors").stat().st_size
-    left, right = (load_file(tmp_path / f"{name}.safetensors") for name in ("hub", "local"))
-    assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+    left, *others = (load_file(tmp_path / f"{name}.safetensors") for name in ("hub", "local", "bare"))
+    for right in others:
+        assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
 
 
 def test_checkpoint(results, tmp_path):
@@ -440,7 +521,12 @@ def refusals(results, tmp_path_factory):
             shutil.copy(folder / file, here / name)
         return here / name
 
-    copy("pickled", f"{WEIGHTS}.bin", "<new1>.bin")
+    torch.save(torch.nn.Linear(2, 2), copy("pickled") / f"{WEIGHTS}.bin")  # opening it could run code
+    torch.save([torch.ones(2)], copy("list") / f"{WEIGHTS}.bin")
+    torch.save({"state_dict": {"a": torch.ones(2)}}, copy("nested") / f"{WEIGHTS}.bin")
+    (copy("pointer") / f"{WEIGHTS}.bin").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    copy("word gone", weights)
+    set_record(copy("broken record", weights), "no table")
     (here / "empty").mkdir()
     (copy("truncated", weights) / weights).write_bytes((folder / weights).read_bytes()[:-1000])
     (copy("truncated word", weights) / "<new1>.safetensors").write_bytes(b"\x10")
@@ -450,8 +536,11 @@ def refusals(results, tmp_path_factory):
     save_file({key: value * float("nan") for key, value in table.items()}, copy("not finite") / weights)
     save_file({key: torch.empty(0) for key in table}, copy("hollow") / weights)
     save_file({"<new1>": torch.ones(DIM + 1)}, copy("long word", weights) / "<new1>.safetensors")
+    save_file({"<new1>": torch.ones(1, DIM)}, copy("no vector", weights) / "<new1>.safetensors")
     save_file({"<>": torch.ones(DIM)}, copy("nameless word", weights) / "<>.safetensors")
     save_file({"NEW1": torch.ones(DIM)}, copy("alike", weights, "<new1>.safetensors") / "NEW1.safetensors")
+    for name in ("nameless word", "alike"):
+        set_record(here / name, None)
     index = json.loads((model / "model_index.json").read_text())
     for name, change in (
         ("not XL", {"text_encoder_2": ["transformers", "CLIPTextModel"]}),
@@ -503,7 +592,13 @@ BAD_RESULTS = {
     "nowhere": ["nowhere: neither a folder nor a hub repository"],
     "a file.safetensors": ["neither a folder nor a hub repository"],
     "empty": ["no pytorch_custom_diffusion_weights.safetensors", "output_dir"],
-    "pickled": ["only .bin", "--no_safe_serialization", "weights_only=True"],
+    "pickled": [f"{WEIGHTS}.bin", "corrupt"],
+    "list": [f"{WEIGHTS}.bin", "a list"],
+    "nested": [f"{WEIGHTS}.bin", "state_dict"],
+    "pointer": [f"{WEIGHTS}.bin", "corrupt"],
+    "word gone": ["<new1>.safetensors", "missing"],
+    "broken record": ["record", "corrupt"],
+    "no vector": ["<new1>.safetensors", "no embedding"],
     "unfinished": ["give one of its checkpoints: checkpoint-4"],
     "truncated": ["truncated", WEIGHTS, "corrupt"],
     "truncated word": ["<new1>.safetensors", "corrupt"],
@@ -566,7 +661,7 @@ def test_error_is_one_line_of_a_process(results, tmp_path):
 def test_help_and_wrong_arguments_answer_before_the_slow_imports():
     """With torch out of reach."""
     code = "import sys, runpy; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; "
-    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    code += "sys.path.insert(0, sys.argv[0].rpartition('/')[0]); runpy.run_path(sys.argv[0], run_name='__main__')"
     process = run(sys.executable, "-c", code, EXPORT, "--help")
     assert process.returncode == 0 and "--keep_vocabulary" in process.stdout
     process = run(sys.executable, "-c", code, EXPORT, "--format=zip")

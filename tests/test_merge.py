@@ -3,10 +3,16 @@
 Two results of one model are merged, a cat's and a pot's, which both call their word <new1>.
 """
 
-import json
+import contextlib
+import io
+import os
 import re
+import resource
 import shutil
+import signal
+import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -20,11 +26,12 @@ from reading import (
     load_weights,
     loaded_pipeline,
 )
-from safetensors import safe_open
+from records import base_digest, copy_result, moved_model, only_bin, rename_words, set_record, settings_of
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import merge as script  # noqa: E402
+from results import Problem  # noqa: E402
 
 MERGE = ROOT / "scripts" / "merge.py"
 TEMPLATES = [opening + ending for opening in script.OPENINGS for ending in script.ENDINGS]
@@ -36,7 +43,7 @@ def results(one_concept, world, tmp_path_factory):
     """Folders of a cat and of a pot."""
     folder = tmp_path_factory.mktemp("merge")
     pot = {"instance_data_dir": world / "my_pot", "instance_prompt": "photo of a <new1> pot"}
-    values = {"max_train_steps": 4, "learning_rate": 1e-2}
+    values = {"max_train_steps": 4, "learning_rate": 1e-2, "checkpointing_steps": 4}
     return {name: fork(folder / name, **one_concept | values | more) for name, more in (("cat", {}), ("pot", pot))}
 
 
@@ -50,9 +57,28 @@ def words_of(*results, model, output_dir, rename=(), concepts=(), **values):
 
 def merge(*results, **values):
     """Runs the script as a user does; returns what it printed."""
+    return merge_with_warnings(*results, **values)[0]
+
+
+def merge_with_warnings(*results, **values):
+    """Runs the script as a user does; returns what it printed, and its lines of warning."""
     process = run(sys.executable, MERGE, *words_of(*results, **values))
     assert process.returncode == 0, process.stdout + process.stderr
-    return process.stdout
+    return process.stdout, warnings_in(process.stderr)
+
+
+def merge_here(*results, **values):
+    """The same by calling the script's main in this process, which has torch already."""
+    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(io.StringIO()) as errors:
+        script.main(script.parse_args(words_of(*results, **values)))
+    return said.getvalue(), warnings_in(errors.getvalue())
+
+
+def warnings_in(text):
+    """Its lines, which are all warnings."""
+    lines = text.splitlines()
+    assert all(line.startswith("warning: ") for line in lines), text
+    return lines
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +87,8 @@ def joined(results, sd1, tmp_path_factory):
     folder = tmp_path_factory.mktemp("joined")
     (folder / "captions.txt").write_text("\n".join(CAPTIONS))
     pot = results["pot"]
-    options = {"rename": [f"{pot}:<new1>=<new2>"], "weight": 5, "class_weight": 3, "ridge": 1e-3}
+    # the slash is what shells complete
+    options = {"rename": [f"{pot}/:<new1>=<new2>"], "weight": 5, "class_weight": 3, "ridge": 1e-3}
     said = merge(*results.values(), model=sd1, output_dir=folder / "run", captions=folder / "captions.txt", **options)
     return folder / "run", said
 
@@ -191,29 +218,227 @@ def test_result_is_taken_as_an_input(joined, sd1, tmp_path):
     assert run(sys.executable, ROOT / "scripts" / "export.py", tmp_path / "again", *words).returncode == 0
 
 
-@pytest.mark.parametrize("more", [{}, {"no_safe_serialization": True}])
-def test_flag_of_the_trainer(more, results, one_concept, sd1, tmp_path):
-    """--keep_apart saves the same training's result as this script makes it, and proves that it loads."""
-    values = {"max_train_steps": 4, "learning_rate": 1e-2, "keep_apart": True}
-    fork(tmp_path / "run", **one_concept | values | more)
-    assert "<new1> cat: " in (tmp_path / "run.log").read_text() and not list((tmp_path / "run").glob("tmp*"))
-    merge(results["cat"], model=sd1, output_dir=tmp_path / "merged")
-    for name in (WEIGHTS, "<new1>"):
-        found, expected = (torch.load(tmp_path / run / f"{name}.bin") for run in ("run", "merged"))
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[key], value) for key, value in expected.items() if len(value)), name
+@pytest.mark.parametrize("kind", ["of --no_safe_serialization", "of diffusers' script", "checkpoint", "on a GPU"])
+def test_result_in_bin_alone(kind, results, sd1, tmp_path):
+    """It gives the same as the result in .safetensors; of these a checkpoint alone has a record of its prompts."""
+    bare = only_bin(copy_result(results["cat"], tmp_path / "bare"))
+    if kind == "of diffusers' script":
+        file = bare / f"{WEIGHTS}.bin"
+        table = torch.load(file)
+        assert {} in table.values()
+        parameters = {key: torch.nn.Parameter(value) if len(value) else value for key, value in table.items()}
+        torch.save(parameters, file)
+    elif kind == "checkpoint":
+        bare = only_bin(shutil.copytree(results["cat"] / "checkpoint-4", tmp_path / "checkpoint-4"))
+    given = {} if kind == "checkpoint" else {"concepts": ["<new1> cat"]}
+    merge_here(bare, model=sd1, output_dir=tmp_path / "run", **given)
+    merge_here(results["cat"], model=sd1, output_dir=tmp_path / "same")
+    found, expected = load_trained(tmp_path / "run"), load_trained(tmp_path / "same")
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+def same_weights(left, right):
+    """Whether two folders have the same trained weights and words."""
+    found, expected = load_trained(left), load_trained(right)
+    return found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 def test_result_without_settings(results, sd1, tmp_path):
     """Without the settings that the trainer records, the prompt has to be given; nothing else differs."""
-    old = shutil.copytree(results["cat"], tmp_path / "old")
-    save_file(load_file(old / f"{WEIGHTS}.safetensors"), old / f"{WEIGHTS}.safetensors", {"format": "pt"})
+    old = set_record(shutil.copytree(results["cat"], tmp_path / "old"), None)
     line = refusal(old, model=sd1, output_dir=tmp_path / "run")
     assert line.startswith("error: word <new1>: ") and "--concepts '<new1> " in line and not (tmp_path / "run").exists()
     merge(old, model=sd1, output_dir=tmp_path / "run", concepts=["<new1> cat"])
     merge(results["cat"], model=sd1, output_dir=tmp_path / "new")
-    found, expected = load_trained(tmp_path / "run"), load_trained(tmp_path / "new")
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert same_weights(tmp_path / "run", tmp_path / "new")
+
+
+def test_another_tokenizer(results, sd1, tmp_path):
+    """--tokenizer_name replaces the model's own, as in the trainer, and is read without the model's revision."""
+    other = shutil.copytree(sd1, tmp_path / "model")
+    shutil.move(other / "tokenizer", tmp_path / "tokenizer")
+    options = {"tokenizer_name": tmp_path / "tokenizer", "revision": "main"}
+    merge_here(results["cat"], model=other, output_dir=tmp_path / "run", **options)
+    merge_here(results["cat"], model=sd1, output_dir=tmp_path / "same")
+    assert same_weights(tmp_path / "run", tmp_path / "same")
+    line = refusal(results["cat"], model=other, output_dir=tmp_path / "no", tokenizer_name=tmp_path / "gone")
+    assert line.startswith(f"error: --tokenizer_name {tmp_path / 'gone'}: ") and "\n" not in line
+
+
+# Words and phrases
+
+
+def phrases(*results, concepts=()):
+    """{word: (phrase, the same without the new words)} that the script finds."""
+    args = script.parse_args(words_of(*results, model="any", output_dir="any", concepts=concepts))
+    found = script.read_concepts(args, script.read_inputs(args))
+    return {concept.word: (concept.phrase, concept.plain) for concept in found}
+
+
+@pytest.fixture
+def recorded(results, tmp_path):
+    """Makes a result of one or two words whose record has these prompts and captions."""
+
+    def make(words, prompts=(), captions=()):
+        folder = copy_result(
+            results["cat"],
+            tmp_path / "-".join(words),
+            modifier_token="+".join(words),
+            concepts=[[prompt, 5, 0] for prompt in prompts],
+            captions=list(captions),
+        )
+        row = load_file(folder / "<new1>.safetensors")["<new1>"]
+        for word in words:
+            save_file({word: row}, folder / f"{word}.safetensors")
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("words, prompts, expected", [
+    (["<new1>"], ["photo of a <new1> cat"], {"<new1>": ("<new1> cat", "cat")}),
+    (["<new1>"], ["photo of a<new1>cat"], {"<new1>": ("<new1>cat", "cat")}),
+    (["<new1>"], ["一只<new1>猫"], {"<new1>": ("<new1>猫", "猫")}),
+    (["<new1>"], ["in the style of <new1>."], {"<new1>": ("<new1>", "")}),
+    (["my1", "my10"], ["a my10 pot", "a my1 cat"], {"my1": ("my1 cat", "cat"), "my10": ("my10 pot", "pot")}),
+    (["my1"], ["a my10 cat"], {"my1": ("my10 cat", "0 cat")}),  # as the tokenizer finds it, where my10 is no word
+    (["Max"], ["a maximal photo of Max dog"], {"Max": ("Max dog", "dog")}),
+    (["<new1>", "<new2>"], ["photo of a <new1> cat next to a <new2> pot"],
+     {"<new1>": ("<new1> cat", "cat"), "<new2>": ("<new2> pot", "pot")}),
+    (["<new1>", "<new2>"], ["a <new1> cat, <new2> pot and <new1> dog"],
+     {"<new1>": ("<new1> cat", "cat"), "<new2>": ("<new2> pot", "pot")}),
+    (["<new1>", "<new2>"], ["photo of <new1> <new2> cat"],
+     {"<new1>": ("<new1>", ""), "<new2>": ("<new2> cat", "cat")}),
+])  # fmt: skip
+def test_phrases_of_prompts(words, prompts, expected, recorded):
+    """A phrase goes from a word, wherever the tokenizer finds it, to the next one; its class has no word in it."""
+    assert phrases(recorded(words, prompts)) == expected
+
+
+@pytest.mark.parametrize("captions, expected", [
+    (["photo of a <new2> pot on a table", "my <new2> pot on the grass, in May"], ("<new2> pot", "pot")),
+    (["photo of a <new2> pot, red", "a <new2> pot, blue"], ("<new2> pot", "pot")),
+    (["photo of a<new2>pot here", "the<new2>pot there"], ("<new2>pot", "pot")),
+    (["a <new2> pot beside a <new1> cat", "a <new2> pot"], ("<new2> pot", "pot")),
+    (["a <new2> flower pot", "<new2> flowers"], ("<new2>", "")),
+    (["a <new2> pot in a tree"], ("<new2> pot in a tree", "pot in a tree")),
+])  # fmt: skip
+def test_phrases_of_captions(captions, expected, recorded):
+    """A word that stands in no prompt takes its phrase from the words that all of its captions share."""
+    folder = recorded(["<new1>", "<new2>"], ["photo of a <new1> cat"], ["no word", *captions])
+    assert phrases(folder) == {"<new1>": ("<new1> cat", "cat"), "<new2>": expected}
+
+
+def test_phrases_that_are_given(recorded):
+    """--concepts finds words as the tokenizer does, and keeps a phrase of one word whole."""
+    folder = recorded(["my1", "my10"], ["a my1 cat", "a my10 dog"])
+    found = phrases(folder, concepts=["my10 pot"])
+    assert found == {"my1": ("my1 cat", "cat"), "my10": ("my10 pot", "pot")}
+    found = phrases(folder, concepts=["small my1 cat", "dog my10"])
+    assert found == {"my1": ("small my1 cat", "small cat"), "my10": ("dog my10", "dog")}
+    found = phrases(folder, concepts=["my1 cat and my10 pot"])
+    assert found == {"my1": ("my1 cat", "cat"), "my10": ("my10 pot", "pot")}
+
+
+def test_class_of_several_words_in_one_prompt(recorded, sd1, tmp_path):
+    """Neither word reaches the prompts of the other's class: one prompt gives the weights of two."""
+    one = recorded(["<new1>", "<new2>"], ["a <new1> cat beside a <new2> pot"])
+    merge_here(one, model=sd1, output_dir=tmp_path / "one")
+    set_record(one, settings_of(one) | {"concepts": [["a <new1> cat", 5, 0], ["a <new2> pot", 5, 0]]})
+    merge_here(one, model=sd1, output_dir=tmp_path / "two")
+    assert same_weights(tmp_path / "one", tmp_path / "two")
+
+
+def test_words_of_the_record(results, sd1, tmp_path):
+    """A word that an earlier run left in the folder is none of the result's; those of the record keep their order."""
+    folder = copy_result(results["cat"], tmp_path / "cat")
+    shutil.copy(results["pot"] / "<new1>.safetensors", folder / "<new2>.safetensors")
+    said, _ = merge_here(folder, model=sd1, output_dir=tmp_path / "run")
+    assert "<new2>" not in said and settings_of(tmp_path / "run")["modifier_token"] == "<new1>"
+    pot = rename_words(copy_result(results["pot"], tmp_path / "pot"), {"<new1>": "aardvark1"})
+    merge_here(folder, pot, model=sd1, output_dir=tmp_path / "both")
+    assert settings_of(tmp_path / "both")["modifier_token"] == "<new1>+aardvark1"
+    shutil.copy(tmp_path / "both" / "aardvark1.bin", tmp_path / "both" / "0.bin")
+    said, _ = merge_here(tmp_path / "both", model=sd1, output_dir=tmp_path / "again")
+    assert said.index("<new1> cat: ") < said.index("aardvark1 pot: ")
+    assert settings_of(tmp_path / "again")["modifier_token"] == "<new1>+aardvark1"
+    assert not (tmp_path / "again" / "0.bin").exists()
+
+
+def test_captions_with_a_new_word_do_not_count(results, sd1, tmp_path):
+    """What is to stay as it was can't be what the word has learned."""
+    lines = ["a red fish", "two dogs on the beach"]
+    (tmp_path / "plain.txt").write_text("\n".join(lines))
+    # with the mark that some editors put at the beginning of a text
+    (tmp_path / "mixed.txt").write_bytes("\ufeff{}\r\n\r\na <new1> cat\r\n{}".format(*lines).encode())
+    for name in ("plain", "mixed"):
+        said, _ = merge_here(results["cat"], model=sd1, output_dir=tmp_path / name, captions=tmp_path / f"{name}.txt")
+        assert "of 2 other captions" in said
+    assert same_weights(tmp_path / "plain", tmp_path / "mixed")
+
+
+# What is warned of
+
+
+def test_kept_apart_before(results, sd1, tmp_path):
+    """A result that was kept apart says so, when it is put through again and when it is joined."""
+    cat, warnings = merge_here(results["cat"], model=sd1, output_dir=tmp_path / "once")
+    assert not warnings and settings_of(tmp_path / "once")["kept_apart"] is True
+    for others, options in (([], {}), ([results["pot"]], {"rename": [f"{results['pot']}:<new1>=<new2>"]})):
+        output = tmp_path / f"again{len(others)}"
+        _, warnings = merge_here(tmp_path / "once", *others, model=sd1, output_dir=output, **options)
+        assert len(warnings) == 1 and str(tmp_path / "once") in warnings[0] and "before" in warnings[0]
+        assert settings_of(output)["kept_apart"] is True
+
+
+@pytest.mark.parametrize("joined_with", [[], ["pot"]])
+def test_trained_with_class_pictures(joined_with, results, sd1, tmp_path):
+    """Either class pictures or keeping apart: one line for a single result, none where results are joined."""
+    cat = copy_result(results["cat"], tmp_path / "cat", with_prior_preservation=True)
+    others = [results[name] for name in joined_with]
+    renames = [f"{folder}:<new1>=<new2>" for folder in others]
+    _, warnings = merge_here(cat, *others, model=sd1, output_dir=tmp_path / "run", rename=renames)
+    assert len(warnings) == (not joined_with)
+    assert joined_with or ("class pictures" in warnings[0] and str(cat) in warnings[0])
+    assert settings_of(tmp_path / "run")["kept_apart"] == (not joined_with)
+
+
+BASES = {  # how the base model is recorded, which files are given: words of the one line, if there is one
+    "the same": ("base_model_fp16", torch.float32, torch.float32, 0, None),
+    "the same in fp16": ("base_model_fp16", torch.float32, torch.float16, 0, None),
+    "recorded from fp16": ("base_model_fp16", torch.float16, torch.float32, 0, None),
+    "in bf16": ("base_model_fp16", torch.float32, torch.bfloat16, 0, "another precision"),
+    "another": ("base_model_fp16", torch.float32, torch.float32, 1e-3, "another model"),
+    "another in fp16": ("base_model_fp16", torch.float32, torch.float16, 1e-2, "another model"),
+    "old record": ("base_model", torch.float32, torch.float32, 0, None),
+    "old record, fp16": ("base_model", torch.float32, torch.float16, 0, "another precision"),
+    "old record of fp16": ("base_model", torch.float16, torch.float32, 0, None),
+    "old record, another": ("base_model", torch.float32, torch.float32, 1e-3, "another model"),
+}
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_model_of_the_record(name, results, sd1, tmp_path):
+    """Another model of the same shapes is told in one line; the same in half precision is the same."""
+    key, trained_in, given_in, step, words = BASES[name]
+    source = sd1 if trained_in == torch.float32 else moved_model(sd1, tmp_path / "half", trained_in)
+    stored = torch.float16 if key == "base_model_fp16" else torch.float32
+    records = {"base_model": None, "base_model_fp16": None, key: base_digest(source, results["cat"], stored)}
+    cat = copy_result(results["cat"], tmp_path / "cat", **records)
+    model = moved_model(sd1, tmp_path / "model", given_in, step)
+    _, warnings = merge_here(cat, model=model, output_dir=tmp_path / "run")
+    assert len(warnings) == bool(words)
+    assert not words or all(text in warnings[0] for text in (words, str(cat), str(model)))
+    expected = base_digest(model, cat, torch.float16)  # that is what the new result fits
+    assert settings_of(tmp_path / "run")["base_model_fp16"] == expected
+
+
+def test_results_of_one_other_model(results, sd1, tmp_path):
+    """Results that agree on their model are joined, with a line for each."""
+    folders = [copy_result(results[name], tmp_path / name, base_model="ab", base_model_fp16="cd") for name in results]
+    rename = [f"{folders[1]}:<new1>=<new2>"]
+    _, warnings = merge_here(*folders, model=sd1, output_dir=tmp_path / "run", rename=rename)
+    assert len(warnings) == 2 and all("another model" in line for line in warnings)
 
 
 # What is refused
@@ -223,6 +448,7 @@ def refusal(*results, **values):
     """The line with which the script ends."""
     with pytest.raises(SystemExit) as ended:
         script.main(script.parse_args(words_of(*results, **values)))
+    assert isinstance(ended.value.code, str), ended.value.code
     return str(ended.value)
 
 
@@ -236,17 +462,41 @@ def broken(results, sd1, tmp_path):
     save_file(table | {key.replace("to_k", "to_q"): table[key].clone()}, file)
     file = truncated / f"{WEIGHTS}.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    for file in bins.glob("*.safetensors"):
-        file.unlink()
-    file = other / f"{WEIGHTS}.safetensors"
-    with safe_open(file, "pt") as content:
-        settings = json.loads(content.metadata()["settings"]) | {"base_model": "another"}
-    save_file(load_file(file), file, {"settings": json.dumps(settings)})
+    (only_bin(bins) / f"{WEIGHTS}.bin").write_bytes(b"PK\x03\x04" + bytes(100))
+    set_record(other, settings_of(other) | {"base_model": "another", "base_model_fp16": "another"})
+    wordless, incomplete, linked = (tmp_path / name for name in ("wordless", "incomplete", "linked"))
+    copy_result(cat, wordless, modifier_token="")
+    (copy_result(cat, incomplete, modifier_token="<new1>+<new2>") / "<new1>.bin").unlink()
+    linked.symlink_to(cat)
+    for name, text in (("blank.txt", " \n\n"), ("words.txt", "a <new1> cat\n")):
+        (tmp_path / name).write_text(text)
+    (tmp_path / "utf16.txt").write_text("a red fish", "utf-16")
     (tmp_path / "empty").mkdir()
     return {
         "queries": ([crossattn], {}, ["crossattn"]),
         "truncated": ([truncated], {}, ["corrupt"]),
-        "pickled": ([bins], {}, [".bin"]),
+        "pickled": ([bins], {}, [f"{WEIGHTS}.bin", "corrupt"]),
+        "without a word": ([wordless], {}, ["wordless", "no word"]),
+        "second without a word": ([cat, wordless], {}, ["wordless", "no word"]),
+        "word of the record is gone": ([incomplete], {}, ["<new2>.safetensors", "missing"]),
+        "output is the input": ([cat], {"output_dir": cat}, ["--output_dir", str(cat), "another folder"]),
+        "output is the second input": ([pot, cat], {"output_dir": cat}, ["--output_dir", str(cat)]),
+        "output by another path": ([cat], {"output_dir": cat / "logs" / ".."}, ["--output_dir", "another folder"]),
+        "output is a link": ([cat], {"output_dir": linked}, ["--output_dir", "another folder"]),
+        "input is a link": ([linked], {"output_dir": cat}, ["--output_dir", "another folder"]),
+        "output is a checkpoint": ([cat], {"output_dir": cat / "checkpoint-4"}, ["--output_dir", "checkpoint-4"]),
+        "input is a checkpoint": ([cat / "checkpoint-4"], {"output_dir": cat}, ["--output_dir", str(cat)]),
+        "phrase without a word": ([cat], {"concepts": ["<new9> dog"]}, ["--concepts", "<new9> dog", "<new1>"]),
+        "two phrases": ([cat], {"concepts": ["<new1> dog", "<new1> cat"]}, ["--concepts '<new1> cat'", "<new1> dog"]),
+        "rename to a path": ([cat], {"rename": [f"{cat}:<new1>=a/b"]}, ["--rename", "slashes"]),
+        "rename to a known word": ([cat], {"rename": [f"{cat}:<new1>=cat"]}, ["vocabulary has cat", "another word"]),
+        "output is a file": ([cat], {"output_dir": tmp_path / "words.txt"}, ["--output_dir", "is a file"]),
+        "rename to two words": ([cat], {"rename": [f"{cat}:<new1>=a+b"]}, ["--rename", "'+'"]),
+        "blank captions": ([cat], {"captions": tmp_path / "blank.txt"}, ["--captions", "blank.txt", "no caption"]),
+        "new words alone": ([cat], {"captions": tmp_path / "words.txt"}, ["--captions", "words.txt", "no caption"]),
+        "captions in UTF-16": ([cat], {"captions": tmp_path / "utf16.txt"}, ["--captions", "UTF-8"]),
+        "captions are a folder": ([cat], {"captions": tmp_path}, ["--captions", "UTF-8"]),
+        "weight without measure": ([cat], {"weight": 1e308}, ["--weight", "finite"]),
         "empty": ([tmp_path / "empty"], {}, ["empty", f"no {WEIGHTS}"]),
         "one word twice": ([cat, pot], {}, [str(pot), "<new1>", "--rename"]),
         "word that is not there": ([cat], {"rename": [f"{cat}:<new3>=<new4>"]}, ["--rename", "<new3>"]),
@@ -259,8 +509,145 @@ def broken(results, sd1, tmp_path):
 
 def test_refused(results, sd1, tmp_path):
     """One line that names the flag or folder, and nothing written."""
-    for case, (given, values, words) in broken(results, sd1, tmp_path).items():
-        line = refusal(*given, output_dir=tmp_path / "out", **{"model": sd1} | values)
+    cases = broken(results, sd1, tmp_path)
+    folders = [results["cat"], results["cat"] / "checkpoint-4"]
+    before = {file: file.read_bytes() for folder in folders for file in folder.glob("*.*") if file.is_file()}
+    for case, (given, values, words) in cases.items():
+        line = refusal(*given, **{"model": sd1, "output_dir": tmp_path / "out"} | values)
         assert line.startswith("error: ") and "\n" not in line, case + line
         assert [word for word in words if word not in line] == [], case + line
         assert not (tmp_path / "out").exists(), case
+        assert {file: file.read_bytes() for file in before} == before, case
+
+
+@pytest.mark.parametrize("flag", ["weight=nan", "weight=inf", "weight=0", "weight=-5", "weight=ten", "class_weight=-1",
+                                  "class_weight=nan", "ridge=-1e-3", "ridge=inf", "method=fast"])  # fmt: skip
+def test_numbers(flag, results, sd1, tmp_path, capsys):
+    """Argparse's status, and one line that names the flag."""
+    words = [*words_of(results["cat"], model=sd1, output_dir=tmp_path / "out"), f"--{flag}"]
+    with pytest.raises(SystemExit) as ended:
+        script.parse_args(words)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and f"--{flag.partition('=')[0]}" in line
+
+
+@pytest.mark.parametrize("method", ["paper", "least_squares"])
+def test_no_ridge(method, results, sd1, tmp_path):
+    """The features of this model's text encoder have the mean 0, so without a ridge the equations are singular."""
+    (tmp_path / "captions.txt").write_text("two dogs\na fish\na house")
+    options = {"method": method, "ridge": 0, "captions": tmp_path / "captions.txt"}
+    line = refusal(results["cat"], model=sd1, output_dir=tmp_path / "run", **options)
+    assert line == "error: --ridge: too small: the equations have no single solution; raise it"
+    assert not (tmp_path / "run").exists()
+
+
+def test_equations_without_a_single_solution():
+    """Fewer features than their numbers, and nothing else that says what the weights are to be."""
+    features = torch.randn(3, 8, dtype=torch.double)
+    with pytest.raises(Problem, match="^--ridge: too small: .* raise it$"):
+        script.exact_filters([features], features, ridge=0)
+    with pytest.raises(Problem, match="^--ridge: "):
+        script.filters([features], [features], features, weight=1, class_weight=1, ridge=0)
+
+
+@pytest.mark.parametrize("factor", [1e-3, 1e3])
+def test_ridge_follows_the_features_size(factor):
+    """Of both forms: features of other text encoders are of another size, and the same numbers do the same."""
+    torch.manual_seed(0)
+    concept, plain, captions = torch.randn(3, 20, 8, dtype=torch.double) * torch.logspace(0, -4, 8)
+    calls = {
+        "least squares": lambda scale: script.filters(
+            [scale * concept], [scale * plain], scale * captions, 10, 4, 1e-2
+        ),
+        "paper": lambda scale: script.exact_filters([scale * concept], scale * captions, 1e-2),
+    }
+    for name, call in calls.items():
+        assert torch.allclose(call(factor)[0], call(1)[0], rtol=1e-6, atol=1e-9), name
+
+
+# The machine
+
+
+def test_without_torch(results, tmp_path):
+    """One line, as for the trainer."""
+    code = "import sys, runpy; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; "
+    code += "sys.path.insert(0, sys.argv[0].rpartition('/')[0]); runpy.run_path(sys.argv[0], run_name='__main__')"
+    for name, output in (("merge.py", "output_dir"), ("export.py", "output")):
+        words = flags(pretrained_model_name_or_path="any", **{output: tmp_path / "out.safetensors"})
+        process = run(sys.executable, "-c", code, ROOT / "scripts" / name, results["cat"], *words)
+        assert process.returncode == 1 and len(process.stderr.splitlines()) == 1, process.stderr
+        assert process.stderr.startswith("error: packages: ") and "pip install" in process.stderr
+
+
+def test_pickle_runs_no_code(results, sd1, tmp_path):
+    """A .bin that would write a file when it is unpickled."""
+
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "exploded"),)
+
+    for name in (WEIGHTS, "<new1>"):
+        folder = only_bin(copy_result(results["cat"], tmp_path / name))
+        torch.save({"<new1>": Bomb()}, folder / f"{name}.bin")
+        line = refusal(folder, model=sd1, output_dir=tmp_path / "run", concepts=["<new1> cat"])
+        assert line.startswith(f"error: {folder / name}.bin: ") and "\n" not in line
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_full_disk(results, sd1, tmp_path):
+    """One line, and nothing half-written."""
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))  # noqa: E731
+    words = words_of(results["cat"], model=sd1, output_dir=tmp_path / "run")
+    env = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    process = run(sys.executable, MERGE, *words, preexec_fn=limit, env=env)
+    assert process.returncode == 1 and len(process.stderr.splitlines()) == 1, process.stderr
+    assert process.stderr.startswith(f"error: {tmp_path}") and "disk" in process.stderr
+    assert not list((tmp_path / "run").glob(".*")) and not (tmp_path / "run" / f"{WEIGHTS}.bin").exists()
+
+
+def test_killed(results, sd1, tmp_path):
+    """SIGTERM ends it without a trace; what SIGKILL left is gone after the next run."""
+    words = [str(word) for word in words_of(results["cat"], model=sd1, output_dir=tmp_path / "run")]
+    process = subprocess.Popen([sys.executable, MERGE, *words], stderr=subprocess.PIPE, text=True)
+    time.sleep(3)
+    process.terminate()
+    said = process.communicate(timeout=60)[1]
+    assert said == "" and process.returncode in (143, -signal.SIGTERM)  # the latter before the arguments are read
+    assert not list(tmp_path.glob("run/.*"))
+    (tmp_path / "run").mkdir(exist_ok=True)
+    (tmp_path / "run" / ".<new9>.safetensors.unfinished").write_bytes(b"half a file")
+    merge(results["cat"], model=sd1, output_dir=tmp_path / "run")
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_killed_while_writing(tmp_path):
+    """A signal that arrives where no exception gets out, with a file and a folder half-written."""
+    code = """
+import os, signal, sys, time
+sys.path.insert(0, sys.argv[1])
+import results
+from pathlib import Path
+
+class Deaf:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+
+results.start_command(lambda: None)
+with results.unfinished(Path("file")) as file, results.unfinished(Path("folder")) as folder:
+    file.write_text("half")
+    folder.mkdir()
+    (folder / "part").write_text("half")
+    Deaf()
+print("went on")
+"""
+    process = run(sys.executable, "-c", code, ROOT / "scripts", cwd=tmp_path)
+    assert process.returncode == 143 and process.stdout + process.stderr == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_errors_of_an_importer(results, sd1, tmp_path):
+    """Whoever calls merge gets an exception that is none of the interpreter's exits."""
+    args = script.parse_args(words_of(tmp_path, model=sd1, output_dir=tmp_path / "run"))
+    with pytest.raises(Problem, match=WEIGHTS):
+        script.merge(args)

@@ -281,7 +281,7 @@ def test_more_validations_than_files_may_be_open(one_concept, tmp_path):
     assert np.array_equal(np.asarray(Image.open(folder / "before_after.png")), np.concatenate([first, last]))
 
 
-MERGE_LINE = re.compile(r"^python scripts/merge\.py .*$", re.MULTILINE)
+MERGE_LINE = re.compile(r"^To keep what else .*: (python scripts/merge\.py .*)$", re.MULTILINE)
 
 
 def test_closing_lines_name_what_keeps_it_apart(one_concept, one_real_concept, tmp_path):

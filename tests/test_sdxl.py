@@ -17,6 +17,7 @@ from models import EMBEDDED
 from observers import record_losses, record_tables
 from PIL import Image
 from reading import RARE, WEIGHTS, distance, load_weights, same_bits
+from records import copy_result, only_bin
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import CLIPTokenizer
@@ -382,6 +383,20 @@ def test_kept_apart(trained, sdxl_end, tmp_path):
         assert np.abs(found[key].numpy() - own - solution).max() < 1e-4 * np.abs(solution).max(), key
     load_as_a_user(sdxl_end, tmp_path / "run", "safetensors")
     companion("merge.py", tmp_path / "run", *words, "--output_dir", tmp_path / "again")
+
+
+def test_result_in_bin_alone(trained, tmp_path):
+    """Both embeddings of a word, in the order of the text encoders, are those of the .safetensors."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import results
+
+    both, bare = copy_result(trained, tmp_path / "both"), only_bin(copy_result(trained, tmp_path / "bare"))
+    expected, found = results.read_result(str(both)), results.read_result(str(bare))
+    assert list(expected.words) == WORDS and sorted(found.words) == sorted(WORDS)
+    assert same_bits(found.weights, expected.weights)
+    for word, rows in expected.words.items():
+        assert list(rows) == list(found.words[word]) == ["clip_l", "clip_g"]
+        assert same_bits(rows, found.words[word])
 
 
 # The VAE, memory, and what is refused

@@ -1,0 +1,532 @@
+"""What merge.py and export.py share: arguments, one-line errors, results, the base model's weights.
+
+Torch is imported inside the functions that need it: it takes seconds, and a command answers --help
+and wrong arguments before that.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import textwrap
+import traceback
+from pathlib import Path
+
+WEIGHTS_NAME = "pytorch_custom_diffusion_weights"
+CHECKPOINT_FILE = "checkpoint.json"  # the trainer's record of a checkpoint
+EXPORTED = "modelspec.sai_model_spec"  # in the metadata of every file that export.py writes
+SUFFIXES = (".safetensors", ".bin")  # in the order of preference
+UNFINISHED = set()  # what is being written
+# The keys of a result: layer, projection, and what is of it. The UNet's own name is all three in a row.
+TRAINED = re.compile(
+    r"(.+\.attn2)\.processor"
+    r"(\.to_[kvq]|\.to_out)_custom_diffusion"
+    r"((?:\.0)?\.(?:weight|bias))"
+)
+
+
+# ---------- Errors ----------------------------------------------------------------------------------------------
+
+
+class Problem(Exception):
+    """What a user has to mend: `subject: problem; what to do`. It ends a command as its one line."""
+
+
+def fail(subject, problem):
+    """Raises a `Problem`: which flag or file is wrong, and what to do about it."""
+    raise Problem(f"{subject}: {problem}")
+
+
+@contextlib.contextmanager
+def failing_as(subject, remedy):
+    """Raises a `Problem` for whatever a library raises in this context: some raise anything."""
+    try:
+        yield
+    except Problem:
+        raise
+    except Exception as error:
+        cause = error
+        while isinstance(cause, (ImportError, RuntimeError)) and cause.__cause__:
+            cause = cause.__cause__  # lazy imports hide which package is broken
+        problem = textwrap.shorten(str(cause) or type(cause).__name__, 400).rstrip(".")
+        raise Problem(f"{subject}: {problem}; {remedy}") from error
+
+
+@contextlib.contextmanager
+def one_line_errors(output):
+    """Ends the run with exit status 1 and one line for a `Problem` or an OSError."""
+    try:
+        yield
+    except (Problem, OSError) as error:
+        if os.environ.get("CUSTOM_DIFFUSION_TRACEBACK"):
+            traceback.print_exc()
+        line = str(error)
+        if isinstance(error, OSError):
+            problem = error.strerror or line
+            line = f"{error.filename or output}: {problem}; check its name, permissions and disk"
+        raise SystemExit(f"error: {line}") from None
+
+
+def warn(problem):
+    """Prints a line to stderr about what the run goes on with."""
+    print(f"warning: {problem}", file=sys.stderr)
+
+
+# ---------- Arguments -------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that says what is wrong in one line and shows defaults in the help."""
+
+    def add_argument(self, *names, **options):
+        """Adds an argument, with its default in the help if there is one.
+
+        argparse's own formatter would show "None" and "[]" as well.
+        """
+        if options.get("default") not in (None, [], argparse.SUPPRESS):
+            options["help"] += " (default: %(default)s)"
+        return super().add_argument(*names, **options)
+
+    def error(self, message):
+        """Ends the run with exit status 2, without argparse's lines about usage."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def finite(text):
+    """argparse type: a finite number."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return value
+
+
+def positive(text):
+    """argparse type: a finite number above 0."""
+    value = finite(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def not_negative(text):
+    """argparse type: a finite number of at least 0."""
+    value = finite(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return value
+
+
+def start_command(parse_args):
+    """Returns the arguments of a command; ends the run with one line if its imports would fail."""
+    args = parse_args()
+    signal.signal(signal.SIGTERM, end_without_trace)
+    remedy = "run pip install -r requirements.txt, best in a new environment"
+    with one_line_errors("packages"), failing_as("packages", remedy):
+        import safetensors.torch  # noqa: F401
+    return args
+
+
+# ---------- Reading a result ------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Result:
+    """What a training or merge.py wrote.
+
+    `weights` are float32 tensors by the UNet's own names for them. `words` holds the embeddings of
+    each word, in the order of the training: {word: {word: (dim,)}}, or of SDXL
+    {word: {"clip_l": (1, dim), "clip_g": (1, dim)}}. `settings` is the record of the training,
+    which is empty for results of diffusers' script. `files` are those that were read.
+    """
+
+    name: str
+    weights: dict
+    words: dict
+    settings: dict
+    files: list
+
+    @property
+    def folder(self):
+        """The folder in which the result lies."""
+        return self.files[0].parent
+
+
+def find_folder(name, subject, patterns, revision=None, ignore_patterns=None):
+    """Returns the folder `name`, or a folder with what is needed of the hub repository `name`."""
+    if Path(name).is_dir():
+        return Path(name)
+    if Path(name).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        fail(subject, "neither a folder nor a hub repository; check the name")
+    with failing_as(subject, "give a folder, or a hub repository within reach"):
+        from huggingface_hub import snapshot_download
+
+        options = {"allow_patterns": patterns, "ignore_patterns": ignore_patterns}
+        return Path(snapshot_download(name, revision=revision, **options))
+
+
+def find_result(name):
+    """Returns the folder of a result, and the file of its weights."""
+    for suffix in SUFFIXES:
+        # A repository's pickles are downloaded only if it has no .safetensors, its folders never.
+        patterns = [f"*{suffix}", CHECKPOINT_FILE]
+        folder = find_folder(name, name, patterns, ignore_patterns="*/*")
+        file = folder / f"{WEIGHTS_NAME}{suffix}"
+        if file.is_file():
+            return folder, file
+    remedy = "give the output_dir of a finished run or one of its checkpoints"
+    checkpoints = {file.parent.name for file in folder.glob(f"checkpoint-*/{WEIGHTS_NAME}.*")}
+    if checkpoints:
+        remedy = f"give one of its checkpoints: {', '.join(sorted(checkpoints))}"
+    raise Problem(f"{name}: no {WEIGHTS_NAME}.safetensors or .bin in it; {remedy}")
+
+
+def read_table(file, remedy):
+    """Returns {name: tensor} of a .safetensors or .bin file, and its metadata.
+
+    No code in a pickle is run.
+    """
+    import torch
+    from safetensors import safe_open
+
+    with failing_as(file, remedy):
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as content:
+                names = content.keys()
+                table = {name: content.get_tensor(name) for name in names}
+                return table, content.metadata() or {}
+        # Results of a GPU are read where there is none.
+        table = torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(table, dict):
+            raise ValueError(f"holds a {type(table).__name__}, not a table of tensors")
+        return table, {}
+
+
+def read_settings(folder, file, metadata):
+    """Returns the record of the training: the weights' metadata, a checkpoint's own file, or {}."""
+    record = {}
+    with failing_as(file, "its record of the training is corrupt; take another checkpoint"):
+        if "settings" in metadata:
+            record = json.loads(metadata["settings"])
+        elif (folder / CHECKPOINT_FILE).is_file():
+            record = json.loads((folder / CHECKPOINT_FILE).read_text("utf-8"))["settings"]
+        if not isinstance(record, dict):
+            raise ValueError("no table of settings")
+    return record
+
+
+def read_weights(file):
+    """Returns the trained weights by the UNet's names for them, and the file's metadata."""
+    import torch
+
+    table, metadata = read_table(file, "the file is corrupt; take another checkpoint")
+    weights = {}
+    for key, value in table.items():
+        # diffusers' loader wants an entry for every layer. What was not trained has an empty one.
+        is_tensor = torch.is_tensor(value)
+        is_empty = value.numel() == 0 if is_tensor else value == {}
+        if is_empty:
+            continue
+        match = TRAINED.fullmatch(str(key))
+        if not match or not is_tensor:
+            remedy = "give a Custom Diffusion result"
+            fail(file, f"holds {key}, which Custom Diffusion does not train; {remedy}")
+        weights["".join(match.groups())] = value.detach().float()
+    if not weights:
+        fail(file, "no trained weights in it; give a Custom Diffusion result")
+    return weights, metadata
+
+
+def read_word(file):
+    """Returns the embeddings of the word that a file is named after, None if there are none."""
+    import torch
+
+    remedy = "take another checkpoint, or move it away if it is not of this result"
+    table, metadata = read_table(file, f"the file is corrupt; {remedy}")
+    if EXPORTED in metadata:
+        return None  # an earlier export may lie in the same folder
+    if not all(torch.is_tensor(value) for value in table.values()):
+        return None
+    dimensions = {name: value.ndim for name, value in table.items()}
+    if dimensions not in ({file.stem: 1}, {"clip_l": 2, "clip_g": 2}):
+        return None
+    # Reversed, SDXL's are in the order of the text encoders.
+    return {name: table[name].detach().float() for name in sorted(table, reverse=True)}
+
+
+def find_words(folder, settings):
+    """Returns {file: embeddings} of a result's words.
+
+    These are the words of the record, in its order, or without a record all embeddings of the folder.
+    """
+    is_recorded = "modifier_token" in settings
+    if is_recorded:
+        names = [word for word in (settings["modifier_token"] or "").split("+") if word]
+    else:
+        files = [file for suffix in SUFFIXES for file in folder.glob(f"*{suffix}")]
+        names = sorted({file.stem for file in files} - {WEIGHTS_NAME})
+    found = {}
+    for name in names:
+        files = [folder / f"{name}{suffix}" for suffix in SUFFIXES]
+        present = [file for file in files if file.is_file()]
+        if not present:
+            problem = f"missing, though {name} is a word of this result"
+            fail(files[0], f"{problem}; copy all of its files")
+        rows = read_word(present[0])
+        if rows is not None:
+            found[present[0]] = rows
+        elif is_recorded:
+            fail(present[0], f"no embedding of a word called {name}; take another checkpoint")
+        else:
+            print(f"Leaving out {present[0].name}, which is no embedding of a word called {name}")
+    return found
+
+
+def read_result(name):
+    """Returns the `Result` in a folder or hub repository."""
+    folder, weights_file = find_result(name)
+    weights, metadata = read_weights(weights_file)
+    settings = read_settings(folder, weights_file, metadata)
+    found = find_words(folder, settings)
+    words = {file.stem: rows for file, rows in found.items()}
+    for word, values in ({None: weights} | words).items():
+        for key, value in values.items():
+            if not value.isfinite().all():
+                fail(name, f"{word or key} is not finite; take an earlier checkpoint")
+    return Result(name, weights, words, settings, [weights_file, *found])
+
+
+# ---------- Writing a result ------------------------------------------------------------------------------------
+
+
+def remove(path):
+    """Deletes a file or folder if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def unfinished(path):
+    """Yields the place beside a file or folder where it is written before it gets its name.
+
+    In the end nothing is left there: it would fill a full disk.
+    """
+    place = path.with_name(f".{path.name}.unfinished")
+    remove(place)  # A run that was killed at once left it.
+    UNFINISHED.add(place)
+    try:
+        yield place
+    finally:
+        remove(place)
+        UNFINISHED.discard(place)
+
+
+def end_without_trace(number, frame):
+    """Handles SIGTERM. An exception could get lost where the signal arrives."""
+    for place in UNFINISHED:
+        remove(place)
+    os._exit(128 + number)
+
+
+def write_file(file, content):
+    """Writes bytes to a file beside, flushes them to the disk and renames it.
+
+    So a file of that name is always complete.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with unfinished(file) as place:
+        with open(place, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        place.replace(file)
+
+
+def stored_name(name):
+    """The name of a trained tensor in a result's file, from the UNet's name for it."""
+    layer, projection, part = re.fullmatch(r"(.+\.attn2)\.(to_[kvq]|to_out)\.(.+)", name).groups()
+    return f"{layer}.processor.{projection}_custom_diffusion.{part}"
+
+
+def renamed(rows, name):
+    """A word's embeddings as a file called `name` holds them. SDXL's keep their names."""
+    if len(rows) > 1:
+        return rows
+    (row,) = rows.values()
+    return {name: row}
+
+
+def write_result(folder, weights, words, settings):
+    """Writes weights and words in both formats, as the trainer does, so that everything takes them.
+
+    The weights come last: a folder that has them has everything.
+    """
+    import torch
+    from safetensors.torch import save
+
+    folder = Path(folder)
+    for leftover in folder.glob(".*.unfinished"):
+        remove(leftover)  # A run that was killed at once left it.
+    trained = {stored_name(name): value for name, value in weights.items()}
+    layers = {name.partition(".attn2.")[0] for name in weights}
+    # diffusers' loader wants an entry for every layer.
+    empty = sorted(f"{layer}.attn1.processor" for layer in layers)
+    tables = {word: renamed(rows, word) for word, rows in words.items()}
+    tables[WEIGHTS_NAME] = trained
+    for name, table in tables.items():
+        others = empty if name == WEIGHTS_NAME else []
+        stream = io.BytesIO()
+        torch.save(table | {layer: {} for layer in others}, stream)
+        write_file(folder / f"{name}.bin", stream.getvalue())
+        complete = table | {layer: torch.empty(0) for layer in others}
+        content = save(complete, {"settings": json.dumps(settings)})
+        write_file(folder / f"{name}.safetensors", content)
+
+
+# ---------- The base model --------------------------------------------------------------------------------------
+
+
+def read_base(args, subject, names):
+    """Returns the base model's own weights in float32, and the configurations of UNet and scheduler.
+
+    Of the weights, those called `names` and the cross-attention's to_k, which says whether a layer
+    was left out. Reads these alone and no whole network, so a large model takes little memory.
+    """
+    from safetensors import safe_open
+
+    stem = "diffusion_pytorch_model"
+    variant = f".{args.variant}" if args.variant else ""
+    # One file or several. Older versions of diffusers have other names for a variant's parts.
+    patterns = [
+        f"{stem}{variant}.safetensors",
+        f"{stem}{variant}-*-of-*[0-9].safetensors",
+        f"{stem}-*-of-*[0-9]{variant}.safetensors",
+    ]
+    configs = ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json")
+    wanted = [*configs, *(f"unet/{pattern}" for pattern in patterns)]
+    folder = find_folder(args.pretrained_model_name_or_path, subject, wanted, args.revision)
+    with failing_as(subject, "give a Stable Diffusion 1.x, 2.x or XL in diffusers format"):
+        tables = [json.loads((folder / file).read_text("utf-8")) for file in configs]
+        index, unet, scheduler = tables
+        parts = ("unet", "text_encoder", "text_encoder_2")
+        classes = [index.get(part, [None, None])[1] for part in parts]
+    is_known = classes[:2] == ["UNet2DConditionModel", "CLIPTextModel"]
+    if not is_known or classes[2] not in (None, "CLIPTextModelWithProjection"):
+        fail(subject, f"a {index.get('_class_name')}; give a Stable Diffusion 1.x, 2.x or XL")
+    files = sorted({file for pattern in patterns for file in (folder / "unet").glob(pattern)})
+    if not files:
+        there = ", ".join(sorted(file.name for file in (folder / "unet").iterdir()))
+        remedy = "give --variant fp16 if its files are named so, or a model in .safetensors"
+        fail(subject, f"no {patterns[0]} in its unet folder, but {there}; {remedy}")
+    base = {}
+    for file in files:
+        remedy = "the file is corrupt; download the model again"
+        with failing_as(file, remedy), safe_open(file, "pt") as content:
+            keys = content.keys()
+            for key in keys:
+                if key in names or key.endswith(".attn2.to_k.weight"):
+                    base[key] = content.get_tensor(key).float()
+    return base, unet, scheduler
+
+
+def digest(tensors):
+    """The first 16 hexadecimal digits of SHA-256 over named tensors."""
+    from safetensors.torch import save
+
+    return hashlib.sha256(save(tensors)).hexdigest()[:16]
+
+
+def base_digest(base, names):
+    """The digest by which the trainer records a base model: of the weights `names` as fp16."""
+    return digest({stored_name(name): base[name].half() for name in names})
+
+
+def was_trained_on(result, base):
+    """Whether a result was trained on the model with the weights `base`; None if that is unknown.
+
+    The trainer records a digest of the trained layers as they were before the training, rounded to
+    half precision, so that a model and its files in half precision are the same. Earlier versions
+    recorded the digest in full precision.
+    """
+    import torch
+
+    names = result.weights
+    own = {stored_name(name): base[name] for name in names}
+    if "base_model_fp16" in result.settings:
+        is_same = result.settings["base_model_fp16"] == base_digest(base, names)
+        lossy = torch.bfloat16
+    elif "base_model" in result.settings:
+        rounded = {name: value.half().float() for name, value in own.items()}
+        is_same = result.settings["base_model"] in (digest(own), digest(rounded))
+        lossy = torch.float16
+    else:
+        return None
+    if is_same:
+        return True
+    # Rounding may be the only difference if the files hold fewer digits than the digest is of.
+    is_rounded = all(torch.equal(value, value.to(lossy).float()) for value in own.values())
+    return None if is_rounded else False
+
+
+def check_base(result, base, model):
+    """Warns if a result was trained on another model, or may have been.
+
+    Returns what `was_trained_on` says.
+    """
+    answer = was_trained_on(result, base)
+    if answer is False:
+        problem = f"was trained on another model than {model}, as its record says"
+        remedy = "give that one, or what the two differ in counts as trained"
+        warn(f"{result.name}: {problem}; {remedy}")
+    elif answer is None and result.settings.keys() & {"base_model_fp16", "base_model"}:
+        problem = f"was trained on another model than {model}, or on the same in another precision"
+        warn(f"{result.name}: {problem}; its record cannot tell which")
+    return answer
+
+
+def shape_of(tensors, name):
+    """The shape of a tensor in words."""
+    return tuple(tensors[name].shape) if name in tensors else "missing"
+
+
+def subtract(result, base, unet, subject):
+    """Returns trained - base by name; fails if the result is of a model with other layers."""
+    remedy = "give the model that the result was trained on"
+    for name in sorted(result.weights.keys() | base.keys()):
+        ours = shape_of(result.weights, name)
+        theirs = shape_of(base, name)
+        if ours != theirs:
+            fail(subject, f"{name} is {ours} in the result and {theirs} in this model; {remedy}")
+    dim = unet["cross_attention_dim"]
+    for word, rows in result.words.items():
+        count = sum(row.numel() for row in rows.values())
+        if count != dim:
+            fail(subject, f"{word} has {count} numbers, and this model takes {dim}; {remedy}")
+    return {name: value - base[name] for name, value in result.weights.items()}
+
+
+def add_word(tokenizer, text_encoder, word, embedding, subject):
+    """Adds a word as the training does: it is matched as typed, capitals included.
+
+    load_textual_inversion would match it in other spellings as well.
+    """
+    from transformers import AddedToken
+
+    vocabulary = tokenizer.get_vocab()
+    if word in vocabulary or f"{word}</w>" in vocabulary:
+        remedy = "give the model that the result was trained on, or choose another word"
+        fail(subject, f"its vocabulary has {word} already; {remedy}")
+    tokenizer.add_tokens(AddedToken(word, normalized=False))
+    index = tokenizer.convert_tokens_to_ids(word)
+    rows = max(index + 1, text_encoder.get_input_embeddings().num_embeddings)
+    text_encoder.resize_token_embeddings(rows, mean_resizing=False)
+    text_encoder.get_input_embeddings().weight.data[index] = embedding
