@@ -52,7 +52,8 @@ def cells_of(row):
     median = statistics.median(row["times"])
     peak = max(row["start_memory"], row["memory"]) / 1e9
     cells = [f"{row['start']:.0f}", step.spread(row["times"]), f"{row['start'] + 247 * median:.0f}", f"{peak:.2f}"]
-    return [*cells, f"{row['pictures'] / 1e9:.2f}", f"{step.share_of_limit(row):.0%}"]
+    cells.append(f"{row['pictures'] / 1e9:.2f}" if row["pictures"] else "failed")
+    return [*cells, f"{step.share_of_limit(row):.0%}" if row["flops"] else "failed"]
 
 
 def stop(*signal_and_frame):
@@ -83,9 +84,10 @@ def main():
             signal.setitimer(signal.ITIMER_REAL, 0)
             report["rows"].append(row)
             cells = cells_of(row)
-        except SystemExit as error:
+        except (Exception, SystemExit) as error:  # whatever it is, it costs this row alone
             signal.setitimer(signal.ITIMER_REAL, 0)
-            cells = [f"failed: {str(error).strip().splitlines()[-1][:200]}", *[""] * (len(HEAD) - 3)]
+            last_line = (str(error) or type(error).__name__).strip().splitlines()[-1]
+            cells = [f"failed: {last_line[:200]}", *[""] * (len(HEAD) - 3)]
         print(f"| {setup.name} | {' | '.join([f'{setup.batch} + {setup.batch}', *cells])} |", flush=True)
         (step.RESULTS / "gpu.json").write_text(json.dumps(report, indent=1))
 

@@ -33,7 +33,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
-from multiprocessing import get_context
+from multiprocessing import get_context, set_start_method
 from pathlib import Path
 
 import numpy as np
@@ -379,7 +379,7 @@ def work(pipe, setup, words, rank, port, log):
     """What the process of a row does; of several processes the first obeys and the others keep in step with it."""
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
     os.dup2(1, 2)
-    threads = setup.threads or os.cpu_count()
+    threads = setup.threads or os.environ.get("OMP_NUM_THREADS", os.cpu_count())
     os.environ |= {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     if setup.dynamo:
         os.environ["ACCELERATE_DYNAMO_BACKEND"] = setup.dynamo.upper()  # as accelerate launch --dynamo_backend does
@@ -392,6 +392,8 @@ def work(pipe, setup, words, rank, port, log):
     script = importlib.import_module(Path(setup.script).stem)
     if not torch.cuda.is_available():
         words.append("--dataloader_num_workers=0")  # idle rows must not prepare pictures meanwhile
+    if sys.platform == "linux":  # a spawned process would spawn its data loader's workers, too
+        set_start_method("fork", force=True)
     if rank == 0:
         Worker(pipe, script, setup).install()
     script.main(script.parse_args(words))
@@ -434,18 +436,28 @@ class Row:
 def measure(setups, size, rounds, steps, more=()):
     """Runs the rows interleaved; returns a list of dicts with what was measured (seconds, bytes, FLOPs).
 
-    `more` has commands of `Worker` that are given to each row in the end, and in the dicts their answers.
+    `more` has commands of `Worker` that are given to each row in the end, and in the dicts their answers. A row that
+    fails to start is left out, if there is another; an answer that fails is None.
     """
-    scratch, rows = Path(tempfile.mkdtemp()), []
+    scratch, rows, failures = Path(tempfile.mkdtemp()), [], []
     try:
         for i, setup in enumerate(setups):
             folder = scratch / str(i)
             folder.mkdir()
             start = time.perf_counter()
-            rows.append(row := Row(setup, size, folder))
-            row.ask("time", 3)  # one at a time: starting takes memory and processor
-            row.start, row.start_memory = time.perf_counter() - start, row.ask("memory")
+            row = Row(setup, size, folder)
+            try:
+                row.ask("time", 3)  # one at a time: starting takes memory and processor
+                row.start, row.start_memory = time.perf_counter() - start, row.ask("memory")
+            except SystemExit as failure:
+                failures.append(failure)
+                row.end()
+                print(f"  {failure}", file=sys.stderr, flush=True)
+                continue
+            rows.append(row)
             print(f"  {setup.name} is ready", file=sys.stderr, flush=True)
+        if not rows:
+            raise failures[0]
         for _ in range(rounds):
             for row in rows:
                 row.times.append(row.ask("time", steps))
@@ -454,7 +466,12 @@ def measure(setups, size, rounds, steps, more=()):
             row.limits = [row.ask("limit") for _ in range(3)]
         for row in rows:
             row.parts = row.ask("parts", 3 * steps)
-            row.answers = {command: row.ask(command) for command in more}
+            row.answers = dict.fromkeys(more)
+            try:
+                for command in more:
+                    row.answers[command] = row.ask(command)
+            except SystemExit as failure:  # the row has ended, but what it has measured counts
+                print(f"  {failure}", file=sys.stderr, flush=True)
         keys = ("start", "start_memory", "times", "memory", "limits", "parts")
         return [asdict(row.setup) | {key: getattr(row, key) for key in keys} | row.answers for row in rows]
     finally:
@@ -488,7 +505,7 @@ def print_table(name, rows):
         shown = [f"{parts[part]:.3f}" if part in parts else "" for part in PARTS]
         cells = [row["name"], spread(row["times"]), f"{ratio:.2f}", f"{pictures / median:.2f}", *shown]
         cells += [f"{row['memory'] / 2**30:.2f}", f"{row['checkpoint'] / 1e6:.1f}" if row.get("checkpoint") else ""]
-        cells += [f"{row['flops'] / 1e9:.0f}", f"{share_of_limit(row):.0%}"] if "flops" in row else ["", ""]
+        cells += [f"{row['flops'] / 1e9:.0f}", f"{share_of_limit(row):.0%}"] if row.get("flops") else ["", ""]
         print(f"| {' | '.join(cells)} |")
 
 

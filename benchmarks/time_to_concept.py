@@ -30,7 +30,8 @@ def train(name, seed, script, flags):
     if not file.exists():
         words = [str(ROOT / word) if word.startswith("assets/") else word for word in flags]
         words += ["--seed", str(seed), "--output_dir", str(folder)]
-        environment = os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": str(os.cpu_count()), "HF_HUB_OFFLINE": "1"}
+        threads = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))
+        environment = os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
         place = ROOT / "assets/regularization/cat"  # to which the paths in its images.txt are relative, for both
         with open(folder / "log.txt", "w") as log:
             start = time.perf_counter()

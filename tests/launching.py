@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import io
 import json
 import multiprocessing
 import os
@@ -69,7 +70,10 @@ def train(output_dir, launcher="python", observer=None, cwd=None, env=None, **va
     """
     script = [OBSERVERS, observer.__name__, output_dir] if observer else [SCRIPT]
     values = {"output_dir": output_dir, "max_train_steps": 2, "learning_rate": 1e-2} | FAST | values
-    process = run(*LAUNCHERS[launcher], *script, *flags(**values), cwd=cwd, env=env)
+    if launcher == "python" and env is None:  # with other variables imports may do something else
+        process = fork_script(*script, *flags(**values), cwd=cwd)
+    else:
+        process = run(*LAUNCHERS[launcher], *script, *flags(**values), cwd=cwd, env=env)
     assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-6000:]
     assert secrets_in(process.stdout, process.stderr) == []
     (Path(output_dir) / "stdout.txt").write_text(process.stdout)
@@ -85,9 +89,12 @@ def in_one_process(calls, prefix=(), **options):
 
     "ended" is "went on", or the message or status of the exit.
     """
-    calls = {name: (str(folder), words) for name, (folder, words) in calls.items()}
-    options = {"env": os.environ | {"PYTHONPATH": str(ROOT)}} | options
-    process = run(*prefix, sys.executable, ONE_PROCESS, input=json.dumps(calls), **options)
+    calls = json.dumps({name: (str(folder), words) for name, (folder, words) in calls.items()})
+    if prefix or options:
+        options = {"env": os.environ | {"PYTHONPATH": str(ROOT)}} | options
+        process = run(*prefix, sys.executable, ONE_PROCESS, input=calls, **options)
+    else:
+        process = fork_script(ONE_PROCESS, stdin=calls)
     assert process.returncode == 0, process.stderr[-6000:]
     return json.loads(process.stdout.splitlines()[-1])
 
@@ -167,23 +174,23 @@ def fork(folder, status=0, **values):
     return folder
 
 
-def script_in_child(script, words, outputs, cwd):
+def script_in_child(script, words, outputs, cwd, stdin):
     """Runs a Python file as `python FILE` does, but that its imports are made."""
     os.setsid()
     for number, output in zip((1, 2), outputs, strict=True):
         os.dup2(os.open(output, os.O_WRONLY | os.O_APPEND), number)
     os.chdir(cwd or ".")
     multiprocessing.set_start_method("fork", force=True)  # python's own; here it would be that of this process
-    sys.argv = [str(script), *words]
+    sys.argv, sys.stdin = [str(script), *words], io.StringIO(stdin)
     sys.path.insert(0, str(Path(script).parent))
     runpy.run_path(str(script), run_name="__main__")
 
 
-def fork_script(script, *words, cwd=None):
+def fork_script(script, *words, cwd=None, stdin=""):
     """Runs a Python file in a forked process; returns it as `run` does, whatever its exit status."""
     with contextlib.ExitStack() as stack:
         outputs = [stack.enter_context(tempfile.NamedTemporaryFile("r")) for _ in range(2)]
-        arguments = ([str(word) for word in words], [output.name for output in outputs], cwd)
+        arguments = ([str(word) for word in words], [output.name for output in outputs], cwd, stdin)
         child = forkserver().Process(target=script_in_child, args=(script, *arguments))
         child.start()
         atexit.register(child.kill)

@@ -5,22 +5,23 @@ They run in a copy of the repository, so that they find no results of an earlier
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 
+import conftest
 import pytest
 import torch
-from launching import ROOT, SCRIPT, fork, fork_script, python
+from launching import ROOT, SCRIPT, fork, fork_script
 
 MODEL = ROOT / "assets" / "model"
-ALONE = ("benchmarks/gpu.py", "benchmarks/step.py")  # tests of their own run these
+ALONE = ("benchmarks/gpu.py", "benchmarks/sdxl_memory.py", "benchmarks/step.py")  # tests of their own run these
 LIBRARIES = ("tools/measure.py", "tools/world.py")  # these are no commands
 COMMANDS = {  # file: (flags of its smallest form, what it prints)
     "benchmarks/concept_learning.py": (["--quick", "--runs", "cat kept apart"], r"^\| cat kept apart \| 0\.\d\d \|"),
     "benchmarks/inference.py": (["--size=tiny", "--rounds=1"], r"^loaded / merged: [\d.]+; .*: \d\.\de-0[5-9]$"),
     "benchmarks/memory.py": (["--size=tiny"], r"^\| end \| \d\.\d\d \| \d\.\d\d \| \d\.\d\d"),
     "benchmarks/retrieve_speed.py": (["--repeats=1", "--num_images=20"], r"^[\d.]+ times as fast$"),
-    "benchmarks/sdxl_memory.py": ([], r"^\| together \| [\d.]+ \|$"),
     "benchmarks/time_to_concept.py": (["--reference=train_custom_diffusion.py", "--quick"], r"^\| cached \| \d+ "),
     "examples/before_after.py": (
         [
@@ -34,7 +35,7 @@ COMMANDS = {  # file: (flags of its smallest form, what it prints)
     ),
     "tools/make_assets.py": (
         [
-            *("--num_images=60", "--num_unseen=10", "--num_prompts=2", "--num_renders=2", "--num_processes=1"),
+            *("--num_images=60", "--num_unseen=10", "--num_prompts=1", "--num_renders=1", "--num_processes=1"),
             *("--vae_steps=1", "--diffusion_steps=1", "--xl_text_steps=1", "--xl_steps=1", "--output_dir=made"),
         ],
         r"^stage finish_xl: \d+ s$",
@@ -76,24 +77,47 @@ def test_command(clone, file):
     assert re.search(printed, process.stdout, re.MULTILINE), process.stdout[-3000:]
 
 
+def test_gpus_are_found_though_they_are_hidden(tmp_path, monkeypatch):
+    """`pytest -m gpu` runs on a GPU's machine: a package in torch's place sees what the question is asked with."""
+    code = 'import os\nclass cuda:\n    is_available = lambda: os.environ.get("CUDA_VISIBLE_DEVICES") != ""\n'
+    (tmp_path / "torch.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(conftest, "GPUS", None)  # as the tests were started with
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and conftest.sees_gpu()
+    monkeypatch.setattr(conftest, "GPUS", "")
+    assert not conftest.sees_gpu()
+
+
 # The benchmarks of a step
 
 
+def printed_by(code, folder):
+    """Lines that Python code prints, which runs as a file of the folder."""
+    file = folder / "measure.py"
+    file.write_text(code)
+    process = fork_script(file)
+    assert process.returncode == 0, process.stderr[-4000:]
+    return process.stdout.splitlines()
+
+
 @pytest.mark.slow
-def test_benchmark(tmp_path):
+def test_benchmark(clone, tmp_path):
     """Another script's step is measured beside the trainer's: here a copy, which does the same work; cached, less."""
     shutil.copy(SCRIPT, tmp_path / "another.py")
-    code = f"""if True:
+    code = f"""if __name__ == "__main__":
         import json, sys
-        sys.path.insert(0, {str(ROOT / "benchmarks")!r})
+        sys.path.insert(0, {str(clone / "benchmarks")!r})
         import step
         setups = step.tables("tiny", {str(tmp_path / "another.py")!r})["variants"][:3]
-        rows = step.measure(setups, "tiny", 1, 1, ("checkpoint", "flops"))
+        setups.append(step.Setup("broken", flags=("--no_such_flag",)))
+        rows = step.measure(setups, "tiny", 1, 1, ("checkpoint", "flops", "end"))
         step.print_table("variants", rows)
         print(json.dumps(rows))"""
-    *table, rows = python(code).stdout.splitlines()
+    *table, rows = printed_by(code, tmp_path)
     reference, exact, cached = rows = json.loads(rows)
+    # one that fails is left out, and an answer that fails costs itself
     assert [row["name"] for row in rows] == ["reference fp32", "exact fp32", "cached fp32"]
+    assert [row["end"] for row in rows] == [None] * 3
     assert reference["flops"] == exact["flops"] > cached["flops"] > 0
     assert "VAE" in exact["parts"] and "VAE" not in cached["parts"]
     assert reference["checkpoint"] is None and exact["checkpoint"] > 0
@@ -104,51 +128,53 @@ def test_benchmark(tmp_path):
 
 
 @pytest.mark.slow
-def test_benchmark_of_the_data():
+def test_benchmark_of_the_data(clone, tmp_path):
     """Here with small pictures, so that only the form of its table counts."""
     code = f"""if True:
         import sys
-        sys.path.insert(0, {str(ROOT / "benchmarks")!r})
+        sys.path.insert(0, {str(clone / "benchmarks")!r})
         import step
         make = step.make_pictures
         step.make_pictures = lambda folder, count, size, cell: make(folder, count, (80, 60), cell)
         step.data(1)"""
-    *_, once, at_every_draw = python(code).stdout.splitlines()
+    *_, once, at_every_draw = printed_by(code, tmp_path)
     for line, name in ((once, "decoded once"), (at_every_draw, "decoded at every draw")):
         assert re.fullmatch(rf"\| {name} (\| \d+ \(\d+-\d+\) ){{3}}\|", line)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(bool(importlib.util.find_spec("torchvision")), reason="torchvision is installed")
-def test_benchmark_without_torchvision():
-    said = python(ROOT / "benchmarks" / "step.py", "--size=tiny", "--rounds=1", "--only=cached fp32$", "--reference=x")
-    assert "The reference is left out: it needs torchvision." in said.stdout and "| cached fp32 |" in said.stdout
+def test_benchmark_without_torchvision(clone):
+    words = ("--size=tiny", "--rounds=1", "--only=cached fp32$", "--reference=x")
+    said = fork_script(clone / "benchmarks" / "step.py", *words).stdout
+    assert "The reference is left out: it needs torchvision." in said and "| cached fp32 |" in said
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there fp16 is supported")
-def test_benchmark_for_a_gpu():
+def test_benchmark_for_a_gpu(clone):
     """Its table, here of tiny models on a CPU, which it says; a row that fails says why, and the next one runs."""
-    process = python(ROOT / "benchmarks" / "gpu.py", "--size=tiny", "--only=XL|fp16")
+    process = fork_script(clone / "benchmarks" / "gpu.py", "--size=tiny", "--only=XL|fp16")
     first, _, head, _, xl, fp16 = process.stdout.splitlines()
     assert first.endswith("there is no GPU here")
     columns = head.count("|")
     assert re.fullmatch(r"\| XL, cached bf16, checkpointing \| 1 \+ 1 (\| [\d.]+[^|]* ){6}\|", xl)
     assert fp16.startswith("| cached fp16 | 2 + 2 | failed: error: --mixed_precision fp16")
     assert xl.count("|") == fp16.count("|") == columns
-    rows = json.loads((ROOT / "results" / "step" / "gpu.json").read_text())["rows"]
+    rows = json.loads((clone / "results" / "step" / "gpu.json").read_text())["rows"]
     assert len(rows) == 1 and rows[0]["pictures"] > 0 and rows[0]["flops"] > 0
 
 
-def test_benchmark_for_a_gpu_ends_in_time():
-    process = python(ROOT / "benchmarks" / "gpu.py", "--size=tiny", "--minutes=0")
+def test_benchmark_for_a_gpu_ends_in_time(clone):
+    process = fork_script(clone / "benchmarks" / "gpu.py", "--size=tiny", "--minutes=0")
     rows = process.stdout.splitlines()[4:]
     assert len(rows) == 10 and all("| failed: no time left |" in row for row in rows)
 
 
 def test_memory_of_the_real_size():
     """A step at 1024 pixels with gradient checkpointing leaves room on a GPU of 24 GB, and so does the run's end."""
-    rows = dict(re.findall(r"^\| (.+) \| ([\d.]+) \|$", python(ROOT / "benchmarks" / "sdxl_memory.py").stdout, re.M))
+    said = fork_script(ROOT / "benchmarks" / "sdxl_memory.py").stdout
+    rows = dict(re.findall(r"^\| (.+) \| ([\d.]+) \|$", said, re.MULTILINE))
     assert float(rows["trained weights, fp32"]) == pytest.approx(340.8e6 * 4 / 1e9, abs=0.01)
     assert 12 < float(rows["together, --gradient_checkpointing"]) < 18 < float(rows["together"])
     assert 10 < float(rows["the end together"]) < float(rows["together, --gradient_checkpointing"])
