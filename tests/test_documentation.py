@@ -73,6 +73,7 @@ def run_block(folder, hub, language, code, **variables):
     for printed, here in SWAPS.items():
         code = code.replace(printed, here)
     code = FEWER.sub(r"\1=2", code)
+    code = re.sub(r'(--validation_prompt="[^"]*")', r"\1 --num_validation_images=1", code)
     own = {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": ".", "HF_HOME": str(folder / "hf")}
     environment = hub.environment(HF_TOKEN=SECRET, **own | variables)
     command = ["bash", "-euc", code] if language == "bash" else [sys.executable, "-c", code]

@@ -172,6 +172,14 @@ def bin_only(cat_flags, tmp_path_factory):
     return train(tmp_path_factory.mktemp("runs") / "bin_only", **flags)
 
 
+def test_earlier_safetensors_do_not_outlive_bin_alone(one_concept, tmp_path):
+    """Every tool would prefer them to the .bin files of the later run."""
+    folder = fork(tmp_path / "run", max_train_steps=1, **one_concept)
+    (folder / "<other>.safetensors").write_bytes(b"of another word")
+    fork(folder, max_train_steps=1, no_safe_serialization=True, **one_concept)
+    assert {file.name for file in folder.glob("*.safetensors")} == {"<other>.safetensors"}
+
+
 def test_bin_only(bin_only, sd1):
     """No .safetensors anywhere, no embedding file; the one weight file loads and differs from the base model."""
     assert not list(bin_only.rglob("*.safetensors"))
