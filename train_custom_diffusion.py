@@ -34,6 +34,7 @@ import json
 import logging
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -945,8 +946,10 @@ def check_prompts(tokenizer, concepts, words, is_prefixed):
     for word in words:
         if word in unused:
             fail(f"--modifier_token {word!r}", "in no instance prompt, so it would learn nothing; use or drop it")
+        # Within a longer word, as my1 in my10, it is not meant.
+        left, right = (r"\b" if edge.isalnum() else "" for edge in (word[0], word[-1]))
         for concept in concepts:
-            if word.lower() in (concept.class_prompt or "").lower():
+            if re.search(f"{left}{re.escape(word)}{right}", concept.class_prompt or "", re.IGNORECASE):
                 problem = f"{word} is in it, and class pictures show what the word is not"
                 fail(f"class_prompt {concept.class_prompt!r}", f"{problem}; leave it out, or choose another word")
 
@@ -1397,14 +1400,11 @@ def prove_reload(result, accelerator, pipeline, base_tokenizers, concepts):
     torch.backends.cuda.matmul.allow_tf32 = False  # its rounding would pass for a difference
     # What was trained, what it predicts, and how it reads the prompts
     prompts = [caption for concept in concepts for _, caption in concept.instance_samples]
-    class_prompts = [concept.class_prompt for concept in concepts if concept.class_prompt]
     tables = result.tables(pipeline)
     trained = trained_values(pipeline, result.words)
     prediction = predict(accelerator, pipeline, prompts[0])
     ids = token_ids([tokenizer for tokenizer, _ in text_parts(pipeline)], prompts)
-    ids |= token_ids(base_tokenizers, class_prompts)
 
-    # important: the base tokenizers learn the words here, so all that needs them without is done above.
     to_base_model(pipeline, base_tokenizers)
     try:
         result.load_as_a_user(pipeline)
@@ -1417,8 +1417,8 @@ def prove_reload(result, accelerator, pipeline, base_tokenizers, concepts):
     for key, values in trained.items():
         if key not in loaded or not torch.equal(loaded[key], values):
             fail(result.folder, f"{problem} {key}")
-    for (i, prompt), expected in ids.items():
-        if base_tokenizers[i](prompt).input_ids != expected:
+    for (i, prompt), found in token_ids(base_tokenizers, prompts).items():
+        if found != ids[i, prompt]:
             fail(result.folder, f"{problem} text of {prompt!r}")
     # What diffusers' loader installs is not fused, which takes far more memory at large sizes.
     unet, attention = pipeline.unet, attention_state_dict(pipeline.unet)

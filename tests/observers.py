@@ -221,21 +221,21 @@ def record_files_and_weights(folder, rank):
         if changes and isinstance(details[0], str) and os.path.abspath(details[0]).startswith(watched):
             notes.write(f"{event} {details[0]}\n")
 
-    prepare, models = Accelerator.prepare, []
+    prepare, log, models = Accelerator.prepare, Accelerator.log, []
 
     def recorded(self, *objects, **options):
         models.extend(one for one in objects if isinstance(one, torch.nn.Module))
         return prepare(self, *objects, **options)
 
-    def save():
+    def save(self, *values, **options):
         (model,) = models
         weights = {name: p.detach() for name, p in model.named_parameters()}
         trained = [name for name, p in model.named_parameters() if p.requires_grad]
         torch.save([weights, trained], f"{notes.name}.pt")
+        return log(self, *values, **options)
 
-    Accelerator.prepare = recorded
+    Accelerator.prepare, Accelerator.log = recorded, save
     sys.addaudithook(watch)
-    return save
 
 
 class OperationNames(TorchDispatchMode):

@@ -501,15 +501,15 @@ MODEL = {
         with_class(made("classes/"), class_data_dir="classes", class_prompt="a <new1> cat"),
         ["class_prompt", "<new1>"],
     ),
-    "token within a word of the class prompt": (
+    "token in the class prompt, in other letters": (
         with_class(
             made("classes/"),
             class_data_dir="classes",
-            class_prompt="skatezebra",
+            class_prompt="one katez, none of catkatezoo",
             modifier_token="Katez",
             instance_prompt="a Katez cat",
         ),
-        ["class_prompt 'skatezebra'", "Katez"],
+        ["class_prompt 'one katez, ", "Katez"],
     ),
     "token within another": (
         given(modifier_token="<new1>+<new1>x", instance_prompt="a <new1>x cat"),

@@ -296,7 +296,7 @@ def test_frozen_things_keep_their_bits(recorded, model, request):
         state = found["models"][name]
         for key, value in base.state_dict().items():
             kept = state[key] if key in state else state[key.replace(".weight", ".table.weight")]
-            assert torch.equal(kept, value), key
+            assert torch.equal(kept[: len(value)], value), key  # after the table, the proof has put the words
 
 
 def test_all_that_is_trained_moves(recorded_hard, sd1):
