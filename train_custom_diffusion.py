@@ -833,8 +833,9 @@ def load_tokenizers(args):
     known_xl = known | {"text_encoder_2": "CLIPTextModelWithProjection"}
     if parts not in (known, known_xl):
         fail(model, f"a {index['_class_name']}; give a Stable Diffusion 1.x, 2.x or XL")
+    endings = ("",) if parts == known else ("", "_2")
     tokenizers = []
-    for ending in ("",) if parts == known else ("", "_2"):
+    for ending in endings:
         with failing_as(model, "give a complete model"):
             subfolder = f"text_encoder{ending}"
             config = transformers.CLIPTextConfig.from_pretrained(name, subfolder=subfolder, revision=args.revision)
@@ -946,10 +947,10 @@ def check_prompts(tokenizer, concepts, words, is_prefixed):
     for word in words:
         if word in unused:
             fail(f"--modifier_token {word!r}", "in no instance prompt, so it would learn nothing; use or drop it")
-        # Within a longer word, as my1 in my10, it is not meant.
-        left, right = (r"\b" if edge.isalnum() else "" for edge in (word[0], word[-1]))
+        # A word of letters and digits is not meant within a longer one, as my1 in my10.
+        expression = rf"\b{word}\b" if word.isalnum() else re.escape(word)
         for concept in concepts:
-            if re.search(f"{left}{re.escape(word)}{right}", concept.class_prompt or "", re.IGNORECASE):
+            if re.search(expression, concept.class_prompt or "", re.IGNORECASE):
                 problem = f"{word} is in it, and class pictures show what the word is not"
                 fail(f"class_prompt {concept.class_prompt!r}", f"{problem}; leave it out, or choose another word")
 
@@ -1338,15 +1339,15 @@ def describe_result(args, concepts, pipeline, samples_per_step):
 @torch.no_grad()
 def predict(accelerator, pipeline, prompt):
     """The UNet's prediction for a prompt and fixed noise, (1, channels, h, w), float32 on the CPU."""
-    device, config = accelerator.device, pipeline.unet.config
-    noise = torch.randn(1, config.in_channels, 32, 32, generator=torch.Generator().manual_seed(0))
+    channels = pipeline.unet.config.in_channels
+    noise = torch.randn(1, channels, 32, 32, generator=torch.Generator().manual_seed(0))
     inputs = [noise, torch.tensor([500])]
     for tokenizer, _ in text_parts(pipeline):
         inputs.append(tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt").input_ids)
     if len(text_parts(pipeline)) > 1:
         inputs.append(torch.from_numpy(time_ids((1024, 1024), (0, 0), 1024))[None])
     with accelerator.autocast():
-        prediction = DenoisingModel(pipeline)(*(values.to(device) for values in inputs))
+        prediction = DenoisingModel(pipeline)(*(values.to(accelerator.device) for values in inputs))
     return prediction.float().cpu()
 
 
@@ -1421,7 +1422,8 @@ def prove_reload(result, accelerator, pipeline, base_tokenizers, concepts):
         if found != ids[i, prompt]:
             fail(result.folder, f"{problem} text of {prompt!r}")
     # What diffusers' loader installs is not fused, which takes far more memory at large sizes.
-    unet, attention = pipeline.unet, attention_state_dict(pipeline.unet)
+    unet = pipeline.unet
+    attention = attention_state_dict(unet)
     unet.set_attn_processor(attention_processor.AttnProcessor2_0())
     unet.set_attn_processor(custom_diffusion_processors(unet, result.settings["freeze_model"]))
     unet.to(accelerator.device).load_state_dict(attention, strict=False)
@@ -1444,7 +1446,8 @@ def upload(result, args, concepts, pictures, repository):
     base = args.pretrained_model_name_or_path
     prompts = [concept.instance_prompt for concept in concepts]
     family = "stable-diffusion-xl" if result.is_xl else "stable-diffusion"
-    own_card, license_name = Path(base, "README.md"), None
+    own_card = Path(base, "README.md")
+    license_name = None
     # Without a card, a network or a licence in the card the key is left out.
     with contextlib.suppress(Exception):
         license_name = ModelCard.load(own_card if own_card.is_file() else base).data.license
@@ -1499,8 +1502,11 @@ class Checkpoints:
     """
 
     def __init__(self, result, accelerator, pipeline, optimizer, lr_scheduler, limit=None):
-        self.result, self.accelerator, self.pipeline = result, accelerator, pipeline
-        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.result = result
+        self.accelerator = accelerator
+        self.pipeline = pipeline
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
         self.limit = limit
         # A run has one number, however often it is resumed.
         self.run = 1 + max((run for run, _ in self.saved().values()), default=0)
@@ -1513,7 +1519,8 @@ class Checkpoints:
         """
         if not self.accelerator.is_main_process:
             return
-        folder, unet = self.result.folder, self.pipeline.unet
+        folder = self.result.folder
+        unet = self.pipeline.unet
         subject = f"--output_dir {folder}"
         # One lock for all runs of a process, as a notebook keeps those that failed.
         self.lock = filelock.FileLock(folder / ".lock", is_singleton=True)
@@ -1796,7 +1803,8 @@ def start_accelerator(args):
         dataloader_config=DataLoaderConfiguration(non_blocking=True),
     )
     # What was asked for must be there, as the libraries would go on without it.
-    precision, device = accelerator.mixed_precision, accelerator.device.type
+    precision = accelerator.mixed_precision
+    device = accelerator.device.type
     supported = ("no", "bf16") if device == "cpu" else ("no", "fp16", "bf16")
     if precision not in supported:
         fail(f"--mixed_precision {precision}", f"not supported on this {device}; give {' or '.join(supported)}")
@@ -1844,7 +1852,8 @@ def check_compiled(accelerator, model, vae, noise_scheduler, dataset, batch_size
 @contextlib.contextmanager
 def delayed_signals():
     """Gives a list to which stop signals (preemption, Ctrl-C) are added; a second one ends the run."""
-    received, handlers = [], {}
+    received = []
+    handlers = {}
 
     def note(signal_number, frame):
         received.append(signal_number)
@@ -1901,7 +1910,8 @@ def finish(args, accelerator, result, pipeline, base_tokenizers, concepts, step,
     The result is there: whatever else fails costs a warning. Files that load as something else end
     the run.
     """
-    images, checked = [], ""
+    images = []
+    checked = ""
     with leaving_out("proof that the files load, and final pictures"):
         prove_reload(result, accelerator, pipeline, base_tokenizers, concepts)
         checked = "; loads as trained (checked)"
