@@ -19,7 +19,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from hub import Hub
-from launching import ROOT, SECRET, flags, fork, run
+from launching import ROOT, SECRET, flags, fork, fork_script, run
 from models import EMBEDDED
 from reading import WEIGHTS, fresh_pipeline, load_as_a_user, load_weights, loaded_pipeline, prediction, same_bits
 from records import base_digest, copy_result, moved_model, only_bin, rename_words, set_record, settings_of
@@ -48,7 +48,7 @@ def results(sd1, sd2, trained, two_real_concepts, tmp_path_factory):
 def export(result, model, output, status=0, env=None, **values):
     """Runs the script as a user does; returns what it printed."""
     words = flags(pretrained_model_name_or_path=model, output=output, **values)
-    process = run(sys.executable, EXPORT, result, *words, env=env)
+    process = run(sys.executable, EXPORT, result, *words, env=env) if env else fork_script(EXPORT, result, *words)
     assert process.returncode == status, process.stdout + process.stderr
     return process.stdout if status == 0 else process.stderr
 

@@ -14,7 +14,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from launching import ROOT, flags, fork, run
+from launching import ROOT, flags, fork, fork_script, run
 from reading import (
     WEIGHTS,
     check_weight_files,
@@ -60,7 +60,7 @@ def merge(*results, **values):
 
 def merge_with_warnings(*results, **values):
     """Runs the script as a user does; returns what it printed, and its lines of warning."""
-    process = run(sys.executable, MERGE, *words_of(*results, **values))
+    process = fork_script(MERGE, *words_of(*results, **values))
     assert process.returncode == 0, process.stdout + process.stderr
     return process.stdout, warnings_in(process.stderr)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 from hub import Hub
-from launching import ROOT, SECRET, finish, fork, python, run, start, train
+from launching import ROOT, SECRET, finish, fork, fork_script, python, run, start, train
 from models import EMBEDDED
 from observers import record_losses, record_tables
 from PIL import Image
@@ -311,7 +311,7 @@ def test_everything_else_together(common, tmp_path):
 
 def companion(name, *words):
     """Runs a script of scripts/ as a user does; returns what it printed."""
-    process = run(sys.executable, ROOT / "scripts" / name, *words)
+    process = fork_script(ROOT / "scripts" / name, *words)
     assert process.returncode == 0, process.stdout + process.stderr
     return process.stdout
 
