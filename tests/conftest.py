@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
+# pytest-xdist's workers inherit the variable that hides the GPUs, so another one says which there were.
+GPUS = os.environ.setdefault("GPUS_OF_THE_TESTS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 os.environ.update(
     HF_HUB_OFFLINE="1",
     WANDB_MODE="offline",
@@ -33,8 +34,9 @@ from pictures import make_picture
 
 def show_gpus(monkeypatch):
     """Undoes the hiding of GPUs, for this process and those that it starts."""
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    if GPUS is not None:
+    if GPUS == "all":
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", GPUS)
 
 

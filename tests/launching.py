@@ -70,7 +70,8 @@ def train(output_dir, launcher="python", observer=None, cwd=None, env=None, **va
     """
     script = [OBSERVERS, observer.__name__, output_dir] if observer else [SCRIPT]
     values = {"output_dir": output_dir, "max_train_steps": 2, "learning_rate": 1e-2} | FAST | values
-    if launcher == "python" and env is None:  # with other variables imports may do something else
+    # With other variables imports may do something else, and on a GPU a process that was forked can't use CUDA.
+    if launcher == "python" and env is None and os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         process = fork_script(*script, *flags(**values), cwd=cwd)
     else:
         process = run(*LAUNCHERS[launcher], *script, *flags(**values), cwd=cwd, env=env)

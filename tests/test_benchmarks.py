@@ -12,7 +12,7 @@ import shutil
 import conftest
 import pytest
 import torch
-from launching import ROOT, SCRIPT, fork, fork_script
+from launching import ROOT, SCRIPT, fork, fork_script, python
 
 MODEL = ROOT / "assets" / "model"
 ALONE = ("benchmarks/gpu.py", "benchmarks/sdxl_memory.py", "benchmarks/step.py")  # tests of their own run these
@@ -82,10 +82,23 @@ def test_gpus_are_found_though_they_are_hidden(tmp_path, monkeypatch):
     code = 'import os\nclass cuda:\n    is_available = lambda: os.environ.get("CUDA_VISIBLE_DEVICES") != ""\n'
     (tmp_path / "torch.py").write_text(code)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(conftest, "GPUS", None)  # as the tests were started with
+    monkeypatch.setattr(conftest, "GPUS", "all")  # as the tests were started with
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and conftest.sees_gpu()
     monkeypatch.setattr(conftest, "GPUS", "")
     assert not conftest.sees_gpu()
+
+
+@pytest.mark.parametrize("given", [None, "1"])
+def test_workers_know_which_gpus_there_were(given, monkeypatch):
+    """pytest-xdist starts them from a process that has hidden the GPUs already."""
+    for name in ("CUDA_VISIBLE_DEVICES", "GPUS_OF_THE_TESTS"):
+        monkeypatch.delenv(name)
+    if given:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    ask = "import conftest; print(conftest.GPUS)"
+    code = f"import subprocess, sys, conftest; subprocess.run([sys.executable, '-c', {ask!r}], check=True)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
+    assert python(code, env=environment).stdout.split() == [given or "all"]
 
 
 # The benchmarks of a step
