@@ -1947,8 +1947,7 @@ def train(args):
     # Setup data, optimizer, schedule and result; go on from a checkpoint
     dataset = build_dataset(args, accelerator, pipeline, concepts, base_tokenizers)
     samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    steps_per_epoch = math.ceil(dataset.epoch_length / samples_per_step)
-    max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
+    max_train_steps = args.max_train_steps or args.num_train_epochs * math.ceil(dataset.epoch_length / samples_per_step)
     optimizer = build_optimizer(args, trained, samples_per_step)
     lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, None, args.lr_warmup_steps, max_train_steps)
     result = describe_result(args, concepts, pipeline, samples_per_step)
@@ -1969,8 +1968,9 @@ def train(args):
     stopped = False
     step_loss = 0.0
     progress = tqdm(total=max_train_steps, initial=step, desc="steps", disable=not is_main)
+    batches = dataloader if step < max_train_steps else ()  # accelerate 1.0 cannot iterate over nothing
     with delayed_signals() as signals, progress:
-        for batch in dataloader:
+        for batch in batches:
             with accelerator.accumulate(model):
                 loss = diffusion_loss(model, pipeline.vae, noise_scheduler, batch, args.prior_loss_weight)
                 accelerator.backward(loss)
