@@ -446,6 +446,17 @@ def test_half_precision_on_a_gpu(precision, freeze_model, gpu_flags, tmp_path):
 
 
 @pytest.mark.gpu
+def test_fp16_goes_on_from_another_precision_on_a_gpu(gpu_flags, tmp_path):
+    """A checkpoint that was made without a gradient scaler has no state for it."""
+    train(tmp_path / "run", **gpu_flags | {"max_train_steps": 2, "checkpointing_steps": 2})
+    values = {"mixed_precision": "fp16", "resume_from_checkpoint": "latest", "checkpointing_steps": 6}
+    for steps in (6, 12):
+        folder = train(tmp_path / "run", **gpu_flags | values | {"max_train_steps": steps})
+    assert "checkpoint-6, step 6" in (folder / "stdout.txt").read_text()
+    check_trained_on_a_gpu(folder)
+
+
+@pytest.mark.gpu
 def test_8bit_adam_on_a_gpu(gpu_flags, tmp_path):
     if not importlib.util.find_spec("bitsandbytes"):
         pytest.skip("needs bitsandbytes")
