@@ -377,6 +377,8 @@ def test_save_proves_itself(sabotage, proof_flags, saved, tmp_path):
     said = finish(start(folder, observer=sabotage, **proof_flags), folder, status=1)
     assert said.splitlines()[-1].startswith("error: ") and str(folder) in said.splitlines()[-1], said
     assert "Traceback" not in said and "Saved to" not in said
+    if sabotage is find_another_word:
+        assert said.splitlines()[-1].endswith("another text of 'photo of a <new1> cat'")
     assert not list(folder.glob("image_*.png"))
     for name in (f"{WEIGHTS}.bin", "<new1>.bin"):
         assert (folder / name).read_bytes() == (saved / name).read_bytes()
