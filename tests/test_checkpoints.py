@@ -18,6 +18,7 @@ import torch
 from launching import (
     FAST,
     LAUNCHERS,
+    ROOT,
     SCRIPT,
     finish,
     flags,
@@ -126,6 +127,16 @@ def test_checkpoint_of_an_older_version(undisturbed, six_steps, tmp_path):
     file.write_text(json.dumps(record))
     fork(folder, resume_from_checkpoint="latest", **six_steps)
     assert same_bits(load_trained(folder), load_trained(undisturbed))
+
+
+def test_documented_settings_are_those_that_are_compared(trained):
+    """docs/outputs.md lists what must stay the same; words, seed, samples and pictures it names otherwise."""
+    record = json.loads((trained / "checkpoint-4" / "checkpoint.json").read_text())["settings"]
+    others = {"modifier_token", "initializer_token", "seed", "samples_per_step", "concepts", "captions"}
+    page = (ROOT / "docs" / "outputs.md").read_text("utf-8")
+    listed = page.split("must be the same")[1].split("Batch size")[0]
+    named = set(re.findall(r"`--(\w+)`", listed))
+    assert named == record.keys() - others - {"base_model_fp16"}
 
 
 # What does not fit or is damaged is refused. One process calls main for all of it.

@@ -12,6 +12,7 @@ from launching import flags, fork, train
 from pictures import display_p3, make_picture
 from PIL import Image
 from reading import load_trained, same_bits
+from records import settings_of
 
 import train_custom_diffusion
 from train_custom_diffusion import (
@@ -631,6 +632,7 @@ def test_summary_counts_captions(folders, sd1, tmp_path):
     values = {"pretrained_model_name_or_path": sd1, "instance_data_dir": tmp_path / "mine", "modifier_token": "<new1>"}
     fork(tmp_path / "run", max_train_steps=1, instance_prompt=PROMPT, **values)
     assert f"{PROMPT!r}: 3 pictures (2 with captions), 0 class pictures" in (tmp_path / "run.log").read_text()
+    assert settings_of(tmp_path / "run")["captions"] == ["a <new1> cat on a table"]
 
 
 # Masks

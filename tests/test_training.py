@@ -414,6 +414,17 @@ def test_vocabulary_has_these_ids():
 # On a GPU
 
 
+@pytest.mark.parametrize(
+    "values, is_told",
+    [({"lr_scheduler": "cosine"}, True), ({"lr_scheduler": "cosine", "lr_warmup_steps": 1}, False), ({}, False)],
+)
+def test_warm_up_that_is_longer_than_the_run(values, is_told, one_concept, tmp_path):
+    """The guide's default is 500 steps; a constant rate has none."""
+    fork(tmp_path / "run", max_train_steps=2, **one_concept | values)
+    said = (tmp_path / "run.log").read_text()
+    assert ("The learning rate warms up for 500 steps, longer than the run" in said) == is_told
+
+
 def check_trained_on_a_gpu(folder):
     """What was trained is float32, finite and elsewhere than it began, and diffusers loads it."""
     trained = load_trained(folder)
