@@ -20,7 +20,9 @@ In a notebook:
 """
 
 import argparse
+import codecs
 import contextlib
+import csv
 import dataclasses
 import errno
 import functools
@@ -56,6 +58,11 @@ CLOSE_PREFIXES = ("zoomed in ", "close up ")
 WEIGHTS_NAME = "pytorch_custom_diffusion_weights"
 TRAINING_STATE_NAME = "training_state.pt"
 CHECKPOINT_NAME = "checkpoint.json"
+LISTS = ("images.txt", "caption.txt", "urls.txt", "metadata.jsonl", "metadata.csv")
+CAPTION_ENDINGS = (".txt", ".caption")  # kohya's trainer writes the second one
+CAPTION_KEYS = ("text", "caption", "prompt")  # of metadata.jsonl
+# OneTrainer calls the pictures beside 0.png 0-masklabel.png and 0-condlabel.png.
+BESIDE_NAME = re.compile(r"(.+?)[-_.](mask|masklabel|condlabel)", re.IGNORECASE)
 DECODED_BYTES = 256 * 2**20  # of instance pictures that a data-loader worker keeps
 SIGNAL_NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
 STOP_SIGNALS = [getattr(signal, name) for name in SIGNAL_NAMES if hasattr(signal, name)]
@@ -106,6 +113,11 @@ def leaving_out(what):
         yield
     except Exception as error:
         print(f"warning: {what} left out: {shorten(error)}", file=sys.stderr)
+
+
+def say(line):
+    """Prints a line in the first process alone."""
+    accelerate.PartialState().print(line)
 
 
 def write_file(file, content):
@@ -292,7 +304,11 @@ def parse_args(input_args=None):
     if args.hub_token and args.report_to in ("wandb", "comet_ml", "all"):
         parser.error(f"--hub_token would be shown to --report_to {args.report_to}: use `hf auth login` instead")
     words = modifier_tokens(args)
-    if len(set(words)) < len(words) or any(not w or w != w.strip() or "/" in w for w in words):
+    for word in words:
+        if word.split() != [word]:
+            suggestion = "_".join(word.split()) or "<new1>"
+            parser.error(f"--modifier_token {word!r}: other tools can't find a word with spaces; give {suggestion!r}")
+    if len(set(words)) < len(words) or any("/" in word for word in words):
         parser.error(f"--modifier_token {args.modifier_token!r}: give different words, for example '<new1>+<new2>'")
     if len(args.initializer_token.split("+")) < len(words):
         parser.error(f"--initializer_token {args.initializer_token}: give one for each of {args.modifier_token}")
@@ -337,7 +353,7 @@ with slow_imports():
     from diffusers.optimization import get_scheduler
     from diffusers.utils import make_image_grid
     from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
-    from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
+    from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, ImageOps
     from safetensors.torch import load_file
     from safetensors.torch import save as serialize
     from torch import nn
@@ -346,6 +362,7 @@ with slow_imports():
 
     with contextlib.suppress(ImportError):
         importlib.import_module("pillow_heif").register_heif_opener()  # for phones' pictures
+Image.MAX_IMAGE_PIXELS = 2**29  # phones make pictures of 200 megapixels, which Pillow takes for an attack
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 # How far a prediction may be from the same one, as a share of its largest value.
 ROUNDING = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
@@ -361,10 +378,15 @@ SCHEDULER_SETTINGS = (  # that say how a model was trained
 
 @dataclasses.dataclass
 class Concept:
-    """One concept: its prompts, and its samples, which are (picture file, caption) pairs."""
+    """One concept: its prompts, and its samples, which are (picture file, caption) pairs.
+
+    `sources` has the file that an instance picture's caption is from, `masks` that of its mask.
+    """
 
     instance_prompt: str
     instance_samples: list
+    sources: dict
+    masks: dict
     class_prompt: str | None = None
     class_data_dir: Path | None = None
     class_samples: list = dataclasses.field(default_factory=list)
@@ -406,58 +428,153 @@ def read_concepts_list(args):
     return entries
 
 
-def find_images(folder, name):
-    """Picture files of a folder, by their ending, sorted by name; without hidden files and folders."""
-    known = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    with failing_as(f"{name} {folder}", "give a folder of pictures"):
-        files = [file for file in sorted(folder.iterdir()) if file.name[0] != "." and not file.is_dir()]
-    left_out = [file.name for file in files if file.suffix.lower() in {".heic", ".heif", ".hif"} - known]
-    if left_out:
-        print(f"{name} {folder}: left out {', '.join(left_out)}; to take them, `pip install pillow-heif`")
-    return [file for file in files if file.suffix.lower() in known]
+@dataclasses.dataclass
+class Folder:
+    """A folder of pictures: (picture, caption) pairs, and the names of what is left out.
+
+    `sources` has the file that a picture's caption is from, `masks` that of its mask.
+    """
+
+    samples: list = dataclasses.field(default_factory=list)
+    sources: dict = dataclasses.field(default_factory=dict)
+    masks: dict = dataclasses.field(default_factory=dict)
+    left_out: list = dataclasses.field(default_factory=list)
+
+
+def is_picture(file):
+    """Whether a file is a picture by its ending, and not hidden."""
+    kind = Image.registered_extensions().get(file.suffix.lower())
+    return kind in Image.OPEN and file.name[0] != "." and not file.is_dir()
+
+
+def read_text(file):
+    """The text of a file in UTF-8 or, if it begins with the mark of it, UTF-16."""
+    content = file.read_bytes()
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if is_utf16 else "utf-8-sig")
+
+
+def read_lists(folder):
+    """What images.txt and caption.txt, which retrieve.py writes, say: {picture: (caption, list)}."""
+    lists = [folder / "images.txt", folder / "caption.txt"]
+    if not all(file.is_file() for file in lists):
+        return {}
+    names, captions = (read_text(file).removesuffix("\n").split("\n") for file in lists)
+    if len(names) != len(captions):
+        raise ValueError(f"{len(names)} lines in images.txt, {len(captions)} in caption.txt")
+    listed = {}
+    for name, caption in zip(names, captions, strict=True):
+        # A name is absolute, or relative to the folder or to the working folder.
+        picture = folder / name if (folder / name).is_file() else Path(name)
+        if name:  # a blank line takes its caption with it
+            picture.stat()  # raises OSError if there is none
+            listed[picture] = (caption, lists[1])
+    return listed
+
+
+def read_metadata(folder):
+    """What metadata.jsonl or .csv, as `datasets` has them, say: {picture: (caption or None, list)}."""
+    listed = {}
+    for file in (folder / "metadata.jsonl", folder / "metadata.csv"):
+        if not file.is_file():
+            continue
+        with failing_as(file, "each row needs a file_name, and a text for its caption"):
+            text = read_text(file)
+            rows = csv.DictReader(io.StringIO(text))
+            if file.suffix == ".jsonl":
+                rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+            for row in rows:
+                captions = [row[key] for key in CAPTION_KEYS if isinstance(row.get(key), str)]
+                listed[folder / row["file_name"]] = (captions[0] if captions else None, file)
+    return listed
+
+
+def find_beside(pictures):
+    """What other trainers keep beside pictures: {file: the picture of which it is the mask, or None}."""
+    by_stem = {picture.stem: picture for picture in pictures}
+    beside = {}
+    for file in pictures:
+        match = BESIDE_NAME.fullmatch(file.stem)
+        if match and match[1] in by_stem:
+            is_mask = match[2].lower() != "condlabel"
+            beside[file] = by_stem[match[1]] if is_mask else None
+    return beside
+
+
+def read_folder(folder, flag, prompt, with_masks=False):
+    """Reads a `Folder`. A caption is a list's, else that of a text file beside the picture, else `prompt`."""
+    with failing_as(f"{flag} {folder}", "give a folder of pictures"):
+        files = [file for file in sorted(folder.iterdir()) if file.name[0] != "."]
+    with failing_as(f"{flag} {folder}", "mend its lists, or run retrieve.py again"):
+        listed = read_lists(folder)
+    listed = listed or read_metadata(folder)
+    missing = [picture for picture in listed if not picture.is_file()]
+    pictures = [file for file in files if is_picture(file)]
+    beside = find_beside(pictures)
+    found = Folder()
+    if with_masks:
+        found.masks = {picture: mask for mask, picture in beside.items() if picture}
+
+    # Captions, of 0.png in 0.txt, 0.caption, 0.png.txt or 0.png.caption
+    texts = {file.stem + file.suffix.lower(): file for file in files}
+    for picture in dict.fromkeys([*listed, *pictures]):
+        if picture in missing or picture in beside:
+            continue
+        caption, source = listed.get(picture, (None, None))
+        names = [stem + ending for stem in (picture.stem, picture.name) for ending in CAPTION_ENDINGS]
+        present = [texts[name] for name in names if name in texts]
+        if caption is None and present:
+            source = present[0]
+            with failing_as(source, "give a caption in UTF-8, or remove it"):
+                caption = read_text(source)
+        if caption is not None:
+            found.sources[picture] = source
+        found.samples.append((picture, prompt if caption is None else " ".join(caption.split())))
+
+    # What is left out: everything else
+    used = {*dict(found.samples), *found.sources.values(), *found.masks.values()}
+    if listed:
+        used |= {folder / name for name in LISTS} | {picture.parent for picture in listed}
+    others = [file for file in files if file not in used]
+    found.left_out = [f"{file.name}/" if file.is_dir() else file.name for file in others]
+    found.left_out += [f"{picture.name} of its list" for picture in missing]
+    return found
+
+
+def mend_empty(folder, remedy):
+    """What to do about a folder without pictures: give one within it that has some, or else `remedy`."""
+    inner = [file.parent for pattern in ("*/*", "*/*/*") for file in sorted(folder.glob(pattern)) if is_picture(file)]
+    names = [str(parent.relative_to(folder)) for parent in dict.fromkeys(inner)]
+    return f"give its folder {' or '.join(names)}" if names else remedy
 
 
 def read_class_images(concept, args):
-    """Fills in the concept's class samples: from retrieve.py's lists, or from a plain folder."""
+    """Fills in the concept's class samples, and returns the names of what is left out."""
     folder = concept.class_data_dir
-    lists = [folder / "images.txt", folder / "caption.txt"]
-    samples = []
-    if args.real_prior and all(file.is_file() for file in lists):
-        with failing_as(f"class_data_dir {folder}", "run retrieve.py again"):
-            names, captions = (file.read_text("utf-8").removesuffix("\n").split("\n") for file in lists)
-            if len(names) != len(captions):
-                raise ValueError(f"{len(names)} lines in images.txt, {len(captions)} in caption.txt")
-            for name, caption in zip(names, captions, strict=True):
-                # A name is absolute, or relative to class_data_dir or to the working folder.
-                file = folder / name if (folder / name).is_file() else Path(name)
-                if name:  # a blank line takes its caption with it
-                    file.stat()  # raises OSError if there is none
-                    samples.append((file, caption))
-    elif folder.exists():
-        samples = [(file, concept.class_prompt) for file in find_images(folder, "class_data_dir")]
-    if args.real_prior and not samples:
+    found = Folder()
+    if folder.exists():
+        found = read_folder(folder, "class_data_dir", concept.class_prompt)
+    if args.real_prior and not found.samples:
         command = ["python", "retrieve.py", "--class_prompt", concept.class_prompt]
         command += ["--class_data_dir", str(folder), "--num_class_images", str(args.num_class_images)]
-        problem = f"no real class pictures in it; run: {shlex.join(command)}"
-        fail(f"class_data_dir {folder}", problem)
-    concept.class_samples = samples[: args.num_class_images]
+        remedy = mend_empty(folder, f"run: {shlex.join(command)}")
+        fail(f"class_data_dir {folder}", f"no real class pictures in it; {remedy}")
+    concept.class_samples = found.samples[: args.num_class_images]
+    return found.left_out
 
 
-def read_caption(image, default):
-    """The text of the .txt beside a picture, on one line, or the default if there is none."""
-    file = image.with_suffix(".txt")
-    with failing_as(file, "give a caption in UTF-8, or remove it"):
-        return " ".join(file.read_text("utf-8-sig").split()) if file.exists() else default
-
-
-def load_picture(file, least=math.inf, keep_alpha=False):
+def load_picture(file, least=math.inf, keep_alpha=False, mask=None):
     """Decodes a picture to upright sRGB of 8 bits, alpha on white, its shorter side at least `least`.
 
     With `keep_alpha` it shows the colours under the alpha and has that as the X of RGBX, which no
-    resizing multiplies into the colours; at least 1, as 0 means an empty canvas. Returns the
-    picture and its size in the file.
+    resizing multiplies into the colours; at least 1, as 0 means an empty canvas. A picture `mask`
+    takes the place of the alpha. Returns the picture and its size in the file.
     """
     with Image.open(file) as opened:
+        size = opened.size
+        if opened.getexif().get(ExifTags.Base.Orientation, 1) > 4:  # it lies on its side
+            size = size[::-1]
+        opened.draft(None, (least, least))  # a phone's JPEG of 200 megapixels is decoded smaller
         image = ImageOps.exif_transpose(opened)
         profile = opened.info.get("icc_profile")
     if image.mode[0] in "IF":  # 16 bits, or floats of 0 to 1
@@ -472,6 +589,11 @@ def load_picture(file, least=math.inf, keep_alpha=False):
         # A broken profile is as good as none.
         with contextlib.suppress(ImageCms.PyCMSError, OSError):
             image = ImageCms.profileToProfile(image, io.BytesIO(profile), srgb, outputMode=mode)
+    if mask:
+        with Image.open(mask) as opened:
+            alpha = ImageOps.exif_transpose(opened).convert("L").resize(image.size)
+        image = image.convert("RGB")
+        image.putalpha(alpha)
     if image.mode != "RGBA":
         image = image.convert("RGB")
     elif keep_alpha:
@@ -480,7 +602,7 @@ def load_picture(file, least=math.inf, keep_alpha=False):
     else:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     factor = max(1, int(min(image.size) // least))
-    return image.reduce(factor), image.size
+    return image.reduce(factor), size
 
 
 def read_concepts(args):
@@ -492,25 +614,47 @@ def read_concepts(args):
         fail(f"--output_dir {args.output_dir}", problem)
     entries = read_concepts_list(args) if args.concepts_list else [vars(args)]
     concepts = []
+    left_out = {}  # by folder, as concepts may share one
     for entry in entries:
         folder = Path(entry["instance_data_dir"]).expanduser()
         prompt = entry["instance_prompt"]
-        files = find_images(folder, "instance_data_dir")
-        if not files:
-            fail(f"instance_data_dir {folder}", "no pictures in it; put 3 to 20 there")
-        concept = Concept(prompt, [(file, read_caption(file, prompt)) for file in files])
+        found = read_folder(folder, "instance_data_dir", prompt, args.alpha_mask)
+        if not found.samples:
+            fail(f"instance_data_dir {folder}", f"no pictures in it; {mend_empty(folder, 'put 3 to 20 there')}")
+        left_out[f"instance_data_dir {folder}"] = found.left_out
+        concept = Concept(prompt, found.samples, found.sources, found.masks)
         if args.with_prior_preservation:
             concept.class_prompt = entry["class_prompt"]
             concept.class_data_dir = Path(entry["class_data_dir"]).expanduser()
-            read_class_images(concept, args)
+            left_out[f"class_data_dir {concept.class_data_dir}"] = read_class_images(concept, args)
         concepts.append(concept)
     check_folders(concepts, output_dir, args.real_prior)
-    # A picture that cannot be read would otherwise end the run when its turn comes.
-    samples = [sample for concept in concepts for sample in concept.instance_samples + concept.class_samples]
-    for file in dict(samples):
-        with failing_as(file, "not a readable picture: repair or remove it"):
-            load_picture(file)
+    check_pictures(concepts, args)
+    for folder, names in left_out.items():
+        is_heif = any(name.lower().endswith((".heic", ".heif", ".hif")) for name in names)
+        remedy = "; to take .heic files, `pip install pillow-heif`" if is_heif else ""
+        if names:
+            say(f"{folder}: left out {', '.join(names)}{remedy}")
     return concepts
+
+
+def check_pictures(concepts, args):
+    """Fails if a picture can't be used, which would otherwise end the run when its turn comes."""
+    least = 1.4 * args.resolution
+    for concept in concepts:
+        for file, _ in concept.class_samples:
+            with failing_as(file, "not a readable picture: repair or remove it"):
+                image, _ = load_picture(file, least)
+            if image.getbbox() is None:
+                problem = "all black, as half precision or a safety checker leaves it"
+                fail(file, f"{problem}; remove it")
+        for file, _ in concept.instance_samples:
+            mask = concept.masks.get(file)
+            subject = f"{file} or its mask {mask}" if mask else file
+            with failing_as(subject, "not a readable picture: repair or remove it"):
+                image, _ = load_picture(file, least, args.alpha_mask, mask)
+            if image.mode == "RGBX" and image.getextrema()[3][1] < 2:
+                say(f"{file}: its mask hides all of it, so it is learned as if it had none")
 
 
 def draw_scale(size, rng):
@@ -616,6 +760,7 @@ class CustomDiffusionDataset(Dataset):
     def __post_init__(self):
         self.instances = [sample for concept in self.concepts for sample in concept.instance_samples]
         self.classes = [sample for concept in self.concepts for sample in concept.class_samples]
+        self.masks = {file: mask for concept in self.concepts for file, mask in concept.masks.items()}
         self.epoch_length = max(len(self.instances), len(self.classes))
         # Instance pictures by file: a phone's take longer to decode than a step takes.
         self.decoded = {}
@@ -702,7 +847,7 @@ class CustomDiffusionDataset(Dataset):
         if file in self.decoded:
             return self.decoded[file]
         # The augmentation asks for at most 1.4 x size, so nothing is ever enlarged.
-        loaded = load_picture(file, 1.4 * self.size, self.alpha_mask and is_instance)
+        loaded = load_picture(file, 1.4 * self.size, self.alpha_mask and is_instance, self.masks.get(file))
         image, _ = loaded
         image_bytes = image.width * image.height * len(image.mode)  # "RGB" or "RGBX"
         if is_instance and self.decoded_bytes + image_bytes <= DECODED_BYTES:
@@ -924,26 +1069,44 @@ def add_words(tokenizer, args):
 
 
 def check_prompts(tokenizer, concepts, words, is_prefixed):
-    """Fails if a prompt is cut or lacks a word, or if a word would be found elsewhere after the training."""
+    """Fails if a prompt lacks a word, or if a word would be found elsewhere after the training.
+
+    Says how many prompts are longer than what the model reads.
+    """
     sources = {concept.instance_prompt: "instance_prompt" for concept in concepts}
     unused = set(words)
     for concept in concepts:
         for file, caption in concept.instance_samples:
-            sources.setdefault(caption, file.with_suffix(".txt"))
+            sources.setdefault(caption, concept.sources.get(file))
             unused -= set(tokenizer.convert_ids_to_tokens(tokenizer(caption).input_ids))
+    without, cut_off, other_capitals = [], [], []
+    too_long = 0
+    limit = tokenizer.model_max_length
     for prompt, source in sources.items():
         longest = FAR_PREFIXES[0] + prompt if is_prefixed else prompt
-        found = tokenizer.convert_ids_to_tokens(tokenizer(longest).input_ids)
-        limit = tokenizer.model_max_length
-        if len(found) > limit:
-            fail(f"{source} {longest!r}", f"{len(found)} tokens; shorten it to {limit}, which the model reads")
-        if words and not set(words) & set(found):
-            fail(f"{source} {prompt!r}", f"none of {words} found in it; add one, set apart")
-        for word in words:
-            # The trainer matches capitals, diffusers' loader does not.
-            if prompt.lower().count(word.lower()) != prompt.count(word):
-                problem = f"diffusers would find {word} in it, in other capitals"
-                fail(f"{source} {prompt!r}", f"{problem}; write it alike, or choose another word")
+        tokens = tokenizer.convert_ids_to_tokens(tokenizer(longest).input_ids)
+        found = set(words) & set(tokens)
+        shown = f"{source} {textwrap.shorten(prompt, 80)!r}"
+        if words and not found:
+            without.append(shown)
+        if not found <= set(tokens[: limit - 1]):  # the last one is the end of the text
+            cut_off.append(shown)
+        # The trainer matches capitals, diffusers' loader does not.
+        if any(prompt.lower().count(word.lower()) != prompt.count(word) for word in words):
+            other_capitals.append(shown)
+        too_long += len(tokens) > limit
+    if without:
+        fail(", ".join(without), f"none of {words} found; add one, set apart")
+    if cut_off:
+        fail(", ".join(cut_off), f"a new word stands after the {limit} tokens that the model reads; move it forward")
+    if other_capitals:
+        problem = f"diffusers would find one of {words} in other capitals"
+        fail(", ".join(other_capitals), f"{problem}; write it alike, or choose another word")
+    for concept in concepts:
+        captions = {caption for _, caption in concept.class_samples}
+        too_long += sum(len(tokenizer(caption).input_ids) > limit for caption in captions)
+    if too_long:
+        say(f"{too_long} captions are cut to the {limit} tokens that the model reads")
     for word in words:
         if word in unused:
             fail(f"--modifier_token {word!r}", "in no instance prompt, so it would learn nothing; use or drop it")
@@ -1671,11 +1834,19 @@ def print_summary(accelerator, args, result, concepts, trained, max_train_steps,
         what.append(f"{word} (from {token.removesuffix('</w>')})")
     lines = [f"Training {count:,} parameters: {' and '.join(what)}"]
     for concept in concepts:
-        captions = sum(caption != concept.instance_prompt for _, caption in concept.instance_samples)
-        counts = f"{len(concept.instance_samples)} pictures"
+        pictures = f"{len(concept.instance_samples)} pictures"
+        details = []
+        if concept.sources:
+            details.append(f"{len(concept.sources)} with captions")
+        if concept.masks:
+            details.append(f"{len(concept.masks)} with masks of their own")
+        if details:
+            pictures += f" ({', '.join(details)})"
+        class_pictures = f"{len(concept.class_samples)} class pictures"
+        captions = sum(caption != concept.class_prompt for _, caption in concept.class_samples)
         if captions:
-            counts += f" ({captions} with captions)"
-        lines.append(f"{concept.instance_prompt!r}: {counts}, {len(concept.class_samples)} class pictures")
+            class_pictures += f" ({captions} with captions)"
+        lines.append(f"{concept.instance_prompt!r}: {pictures}, {class_pictures}")
     machine = f"{accelerator.num_processes} process(es), {accelerator.device.type}"
     samples = result.settings["samples_per_step"]
     lines.append(f"{max_train_steps} steps of {samples} instance pictures on {machine}")
@@ -1931,8 +2102,8 @@ def finish(args, accelerator, result, pipeline, base_tokenizers, concepts, step,
 def train(args):
     """`main` without its care for errors."""
     # Setup concepts, words and class pictures
-    concepts = read_concepts(args)
     accelerator = start_accelerator(args)
+    concepts = read_concepts(args)
     tokenizers, base_tokenizers = load_tokenizers(args), load_tokenizers(args)  # these never see the words
     word_ids, initializer_ids = zip(*(add_words(tokenizer, args) for tokenizer in tokenizers), strict=True)
     check_prompts(tokenizers[0], concepts, modifier_tokens(args), is_prefixed=not args.noaug)

@@ -241,6 +241,20 @@ def picture(name, content):
     return make
 
 
+def beside(files):
+    """A case with these texts beside the instance pictures; None stands for one more picture."""
+
+    def make(folder, model):
+        for name, text in files.items():
+            if text is None:
+                make_picture(len(name)).save(folder / "cat" / name)
+            else:
+                (folder / "cat" / name).write_text(text)
+        return {}
+
+    return make
+
+
 def truncated(folder):
     return (folder / "cat" / "0.png").read_bytes()[:300]
 
@@ -351,7 +365,7 @@ DATA = {
     "text": (picture("fake.jpg", b"hello"), ["cat/fake.jpg"]),
     "decompression bomb": (picture("bomb.png", bomb), ["cat/bomb.png", "3600000000 pixels"]),
     "dangling link": (link("nowhere.jpg"), ["cat/link.jpg"]),
-    "caption not UTF-8": (picture("0.txt", b"\xff\xfea\0"), ["cat/0.txt", "utf-8"]),
+    "caption not UTF-8": (picture("0.txt", b"caf\xe9"), ["cat/0.txt", "utf-8"]),
     # lists of concepts
     "no list file": (given(concepts_list="none.json"), ["--concepts_list", "none.json", "No such file"]),
     "folder as a list": (made("list.json/", concepts_list="list.json"), ["--concepts_list", "list.json"]),
@@ -470,7 +484,19 @@ MODEL = {
     ),
     "caption without a token": (picture("0.txt", b"a cat"), ["cat/0.txt 'a cat'", "<new1>"]),
     "empty caption": (picture("0.txt", b" "), ["cat/0.txt ''", "<new1>"]),
-    "caption too long": (picture("0.txt", b"<new1>" + b" cat" * 80), ["cat/0.txt", "77"]),
+    "several captions without a token": (
+        beside({"0.txt": "a cat", "1.png": None, "1.caption": "a dog", "2.png": None, "2.txt": "a <new1> cat"}),
+        ["cat/0.txt 'a cat', ", "cat/1.caption 'a dog': ", "<new1>"],
+    ),
+    "token cut off in captions": (
+        beside({"0.txt": "cat " * 80 + "<new1>", "1.png": None, "1.txt": "<new1>" + " cat" * 80 + " <new1>"}),
+        ["cat/0.txt 'cat cat", "77 tokens"],
+    ),
+    "one of two tokens cut off": (
+        given(instance_prompt="<new1> cat" + " and a dog" * 40 + " and <b>", modifier_token="<new1>+<b>"),
+        ["instance_prompt '<new1> cat and a dog", "77 tokens"],
+    ),
+    "token cut off when enlarged": (given(instance_prompt="cat " * 72 + "<new1>"), ["instance_prompt", "77 tokens"]),
     "token in no caption": (
         lambda folder, model: picture("0.txt", b"a <b> cat")(folder, model) | {"modifier_token": "<b>+<new1>"},
         ["--modifier_token '<new1>'"],
@@ -515,8 +541,6 @@ MODEL = {
         given(modifier_token="<new1>+<new1>x", instance_prompt="a <new1>x cat"),
         ["--modifier_token", "'<new1>'"],
     ),
-    "prompt too long": (given(instance_prompt="<new1> cat" + " and a dog" * 40), ["instance_prompt", "77"]),
-    "prompt too long when enlarged": (given(instance_prompt="<new1>" + " cat" * 72), ["'a far away", "78"]),
     "before the UNet is loaded": (
         broken(without(UNET), initializer_token="wolpertinger"),
         ["--initializer_token", "wolpertinger"],

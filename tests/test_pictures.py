@@ -19,11 +19,11 @@ from train_custom_diffusion import (
     CustomDiffusionDataset,
     collate_fn,
     draw_scale,
-    find_images,
     load_picture,
     parse_args,
     place_instance,
     read_concepts,
+    read_folder,
 )
 
 GREY = 0  # value of the empty canvas; no pixel has it, since 127.5 is no whole number
@@ -229,7 +229,8 @@ def test_heic(tmp_path):
     """Phones' pictures are read if pillow-heif is installed."""
     pillow_heif = pytest.importorskip("pillow_heif")
     pillow_heif.from_pillow(quarters("RGB", RGB).resize((160, 80), Image.Resampling.NEAREST)).save(tmp_path / "p.HEIC")
-    assert find_images(tmp_path, "instance_data_dir") == [tmp_path / "p.HEIC"]
+    found = read_folder(tmp_path, "instance_data_dir", PROMPT)
+    assert found.samples == [(tmp_path / "p.HEIC", PROMPT)] and found.left_out == []
     check_colours(tmp_path / "p.HEIC", RGB, tolerance=12)
 
 
