@@ -91,18 +91,39 @@ def fail(subject, problem):
 
 
 def shorten(error):
-    """What an exception says, or what it is if it says nothing, on one line."""
+    """What an exception says, or what it is if it says nothing, on one line.
+
+    The line begins with the package that was being imported, if one was.
+    """
     while isinstance(error, (ImportError, RuntimeError)) and error.__cause__:
         error = error.__cause__  # lazy imports hide which package is broken
-    return textwrap.shorten(str(error) or type(error).__name__, 400).rstrip(".")
+    said = str(error) or type(error).__name__
+    modules = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == "<module>"]
+    package = modules[-1].f_globals["__name__"].partition(".")[0] if modules else __name__
+    if package != __name__:
+        said = f"{package}: {said}"
+    return textwrap.shorten(said, 400).rstrip(".")
+
+
+def find_pointers(place):
+    """Files that stand for others which Git LFS has not fetched, in a folder, or the file itself."""
+    files = [place] if place.is_file() else sorted(place.rglob("*"))
+    small = [file for file in files if file.is_file() and file.stat().st_size < 1024]
+    return [file for file in small if file.read_bytes().startswith(b"version https://git-lfs")]
 
 
 @contextlib.contextmanager
-def failing_as(subject, remedy):
-    """Ends the run with one line (SystemExit) whatever is raised here: some libraries raise anything."""
+def failing_as(subject, remedy, place=None):
+    """Ends the run with one line (SystemExit) whatever is raised here: some libraries raise anything.
+
+    `place` is the file or folder that is being read.
+    """
     try:
         yield
     except Exception as error:
+        pointers = find_pointers(Path(place)) if place else []
+        if pointers:
+            remedy = f"{pointers[0]} only stands for a file that Git LFS has not fetched: run git lfs pull"
         fail(subject, f"{shorten(error)}; {remedy}")
 
 
@@ -542,10 +563,10 @@ def read_folder(folder, flag, prompt, with_masks=False):
 
 
 def mend_empty(folder, remedy):
-    """What to do about a folder without pictures: give one within it that has some, or else `remedy`."""
+    """What to do about a folder without pictures: give one within it that has some, or the `remedy`."""
     inner = [file.parent for pattern in ("*/*", "*/*/*") for file in sorted(folder.glob(pattern)) if is_picture(file)]
     names = [str(parent.relative_to(folder)) for parent in dict.fromkeys(inner)]
-    return f"give its folder {' or '.join(names)}" if names else remedy
+    return f"give its folder {' or '.join(names)}, or {remedy}" if names else remedy
 
 
 def read_class_images(concept, args):
@@ -643,7 +664,7 @@ def check_pictures(concepts, args):
     least = 1.4 * args.resolution
     for concept in concepts:
         for file, _ in concept.class_samples:
-            with failing_as(file, "not a readable picture: repair or remove it"):
+            with failing_as(file, "not a readable picture: repair or remove it", file):
                 image, _ = load_picture(file, least)
             if image.getbbox() is None:
                 problem = "all black, as half precision or a safety checker leaves it"
@@ -651,7 +672,7 @@ def check_pictures(concepts, args):
         for file, _ in concept.instance_samples:
             mask = concept.masks.get(file)
             subject = f"{file} or its mask {mask}" if mask else file
-            with failing_as(subject, "not a readable picture: repair or remove it"):
+            with failing_as(subject, "not a readable picture: repair or remove it", mask or file):
                 image, _ = load_picture(file, least, args.alpha_mask, mask)
             if image.mode == "RGBX" and image.getextrema()[3][1] < 2:
                 say(f"{file}: its mask hides all of it, so it is learned as if it had none")
@@ -958,16 +979,12 @@ def text_parts(pipeline):
     return parts
 
 
-def load_tokenizers(args):
-    """Checks the base model's kind and loads its tokenizer, or SDXL's two.
-
-    --tokenizer_name replaces the first.     Calling this again takes half the time of a deep copy
-    of what it returns.
-    """
+def check_base_model(args):
+    """Fails unless the base model is a Stable Diffusion 1.x, 2.x or XL; returns its text encoders' configurations."""
     name = args.pretrained_model_name_or_path
     model = f"--pretrained_model_name_or_path {name}"
     convert = "StableDiffusionPipeline.from_single_file(file).save_pretrained(folder) makes one of a single file"
-    with failing_as(model, f"give a hub id within reach or a folder in diffusers format; {convert}"):
+    with failing_as(model, f"give a hub id within reach or a folder in diffusers format; {convert}", name):
         if Path(name).is_dir() and not Path(name, "model_index.json").is_file():
             found = ", ".join(sorted(os.listdir(name))[:5])
             raise FileNotFoundError(f"no model_index.json but {found or 'nothing'}")
@@ -978,18 +995,38 @@ def load_tokenizers(args):
     known_xl = known | {"text_encoder_2": "CLIPTextModelWithProjection"}
     if parts not in (known, known_xl):
         fail(model, f"a {index['_class_name']}; give a Stable Diffusion 1.x, 2.x or XL")
-    endings = ("",) if parts == known else ("", "_2")
+    is_xl = parts == known_xl
+    folders = ["text_encoder", "text_encoder_2"] if is_xl else ["text_encoder"]
+    with failing_as(model, "give a complete model", name):
+        unet = UNet2DConditionModel.load_config(name, subfolder="unet", revision=args.revision)
+        options = {"revision": args.revision}
+        configs = [transformers.CLIPTextConfig.from_pretrained(name, subfolder=each, **options) for each in folders]
+    # The parts must fit: other tools write folders that lack a part.
+    needs_xl = unet.get("addition_embed_type") == "text_time"
+    if needs_xl != is_xl:
+        problem = "its UNet is one of XL, and its text_encoder_2 is missing" if needs_xl else "its UNet is none of XL"
+        fail(model, f"{problem}; give a complete model")
+    more = {key: unet[key] for key in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type") if unet.get(key)}
+    if more:
+        fail(model, f"its UNet takes more than text ({more}); give a Stable Diffusion 1.x, 2.x or XL")
+    width = sum(config.hidden_size for config in configs)
+    taken = unet["cross_attention_dim"]
+    if width not in (taken, *(taken if isinstance(taken, list) else [])):
+        fail(model, f"its UNet takes {taken} numbers a token, its text encoder gives {width}; give a complete model")
+    return configs
+
+
+def load_tokenizers(args):
+    """Loads the base model's tokenizer, or SDXL's two; --tokenizer_name replaces the first."""
+    name = args.pretrained_model_name_or_path
     tokenizers = []
-    for ending in endings:
-        with failing_as(model, "give a complete model"):
-            subfolder = f"text_encoder{ending}"
-            config = transformers.CLIPTextConfig.from_pretrained(name, subfolder=subfolder, revision=args.revision)
-        source, subject = name, model
+    for ending, config in zip(("", "_2"), check_base_model(args), strict=False):
+        source, subject = name, f"--pretrained_model_name_or_path {name}"
         options = {"revision": args.revision, "subfolder": f"tokenizer{ending}"}
         if args.tokenizer_name and not ending:
             source, subject = args.tokenizer_name, f"--tokenizer_name {args.tokenizer_name}"
             options = {}  # --revision is the model's
-        with failing_as(subject, "give a complete tokenizer"):
+        with failing_as(subject, "give a complete tokenizer", source):
             tokenizer = transformers.CLIPTokenizer.from_pretrained(source, **options)
             # This is what transformers 5 makes of missing files.
             if tokenizer.unk_token in tokenizer.tokenize("a"):
@@ -1009,14 +1046,15 @@ def load_pipeline(args, tokenizers, dtype, unet_class=UNet2DConditionModel):
     name = args.pretrained_model_name_or_path
     subject = f"--pretrained_model_name_or_path {name}"
     source = {"revision": args.revision, "variant": args.variant}
-    parts = {"scheduler": None, "feature_extractor": None, "tokenizer": tokenizers[0]}
+    # What is not needed is not asked for.
+    parts = {"scheduler": None, "feature_extractor": None, "image_encoder": None, "tokenizer": tokenizers[0]}
     if len(tokenizers) > 1:
         pipeline_class = diffusers.StableDiffusionXLPipeline
-        parts |= {"tokenizer_2": tokenizers[1], "image_encoder": None, "add_watermarker": False}
-    else:  # what is not needed is not asked for
+        parts |= {"tokenizer_2": tokenizers[1], "add_watermarker": False}
+    else:
         pipeline_class = diffusers.StableDiffusionPipeline
         parts |= {"safety_checker": None, "requires_safety_checker": False}
-    with failing_as(subject, "give a complete model, and --variant fp16 if its weight files are named so"):
+    with failing_as(subject, "give a complete model, and --variant fp16 if its weight files are named so", name):
         config = DDPMScheduler.load_config(name, subfolder="scheduler", revision=args.revision)
         parts["unet"] = unet_class.from_pretrained(name, subfolder="unet", torch_dtype=dtype, **source)
         pipeline = pipeline_class.from_pretrained(name, torch_dtype=torch.float32, **source, **parts)
@@ -1223,7 +1261,12 @@ def generate_class_images(args, accelerator, concepts):
     for start in tqdm(starts, desc="class pictures", disable=not accelerator.is_main_process):
         prompts, seeds, files = zip(*share[start : start + args.sample_batch_size], strict=True)
         noises = [torch.Generator().manual_seed(seed) for seed in seeds]
-        images = pipeline(list(prompts), generator=noises, height=args.resolution, width=args.resolution).images
+        size = {"height": args.resolution, "width": args.resolution}
+        pictures = pipeline(list(prompts), generator=noises, output_type="pt", **size).images
+        if not pictures.isfinite().all():  # they would be black
+            remedy = "give --prior_generation_precision fp32, or another base model"
+            fail("class pictures", f"the model's numbers overflow in {dtype}; {remedy}")
+        images = pipeline.image_processor.numpy_to_pil(pipeline.image_processor.pt_to_numpy(pictures))
         for image, file in zip(images, files, strict=True):
             write_file(file, to_bytes(image.save, format="PNG"))
     accelerator.wait_for_everyone()
@@ -1253,6 +1296,9 @@ def decode(pipeline, latents):
     vae = pipeline.vae
     latents = latents.to(vae.dtype) / vae.config.scaling_factor
     decoded = torch.cat([vae.decode(part).sample for part in latents.split(1)])
+    if not decoded.isfinite().all():
+        problem = f"the model's numbers overflow in {vae.dtype}"
+        print(f"warning: pictures are black: {problem}; --mixed_precision bf16 or no may mend it", file=sys.stderr)
     return pipeline.image_processor.postprocess(decoded)
 
 
@@ -1359,6 +1405,7 @@ class Result:
     is_xl: bool
     settings: dict
     safe: bool = True  # whether there are .safetensors
+    not_needed: tuple = ()  # parts of the base model that were not loaded, and may not be there
 
     def file(self, stem=WEIGHTS_NAME):
         """Name of the file that a word, or else the weights, are to be loaded from."""
@@ -1435,6 +1482,7 @@ class Result:
         for name in ("revision", "variant"):
             if getattr(args, name):
                 base += f", {name}={getattr(args, name)!r}"
+        base += "".join(f", {part}=None" for part in self.not_needed)
         imports = ["import torch", "from diffusers import DiffusionPipeline"]
         weights = repr(source)
         loads = [f"pipeline.unet.load_attn_procs(weights, weight_name={self.file()!r}, _pipeline=pipeline)"]
@@ -1490,12 +1538,15 @@ def describe_result(args, concepts, pipeline, samples_per_step):
         "captions": list(dict.fromkeys(captions)),
         "base_model_fp16": hashlib.sha256(serialize(weights)).hexdigest()[:16],
     }
+    index = DiffusionPipeline.load_config(args.pretrained_model_name_or_path, revision=args.revision)
+    not_needed = ("safety_checker", "feature_extractor")
     return Result(
         folder=Path(args.output_dir),
         words=modifier_tokens(args),
         is_xl=len(text_parts(pipeline)) > 1,
         settings=settings,
         safe=not args.no_safe_serialization,
+        not_needed=tuple(part for part in not_needed if index.get(part, [None])[0]),
     )
 
 

@@ -70,7 +70,8 @@ def load_pipeline(name):
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     disable_progress_bar()
-    pipeline = DiffusionPipeline.from_pretrained(name, safety_checker=None, requires_safety_checker=False)
+    not_needed = {"safety_checker": None, "feature_extractor": None}  # and perhaps not there
+    pipeline = DiffusionPipeline.from_pretrained(name, requires_safety_checker=False, **not_needed)
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu", torch.float32)
@@ -160,7 +161,7 @@ def main():
     names = {"token": tokens[0], "class_prompt": args.class_prompt}
     groups = [[prompt.format(**names) for prompt in group] for group in (args.prompts, args.other_prompts)]
     endings = Image.registered_extensions()
-    files = sorted(file for file in args.instance_data_dir.iterdir() if file.suffix.lower() in endings)
+    files = sorted(file for file in args.instance_data_dir.glob("[!.]*") if file.suffix.lower() in endings)
     instances = [Image.open(file) for file in files[: max(map(len, groups))]]
 
     drawn = {}  # pictures of both groups by label

@@ -19,6 +19,7 @@ from results import (
     check_base,
     fail,
     failing_as,
+    find_folder,
     one_line_errors,
     read_base,
     read_result,
@@ -280,6 +281,11 @@ def load_merged(args, subject, result):
         library.utils.logging.disable_progress_bar()
     name = args.pretrained_model_name_or_path
     options = {"revision": args.revision, "variant": args.variant, "use_safetensors": True}
+    # What a picture does not need is kept if it is there. A hub's cache has only what was once asked for.
+    optional = ("safety_checker", "feature_extractor")
+    wanted = [f"{part}/*.{ending}" for part in optional for ending in ("json", "safetensors")]
+    folder = find_folder(name, subject, wanted, args.revision)
+    options |= {part: None for part in optional if not (folder / part).is_dir()}
     with failing_as(subject, "give a complete model in .safetensors, and --variant fp16 if its files are named so"):
         pipeline = diffusers.DiffusionPipeline.from_pretrained(name, **options)
     pipeline.to(torch.float32)

@@ -43,6 +43,25 @@ def fail(subject, problem):
     raise Problem(f"{subject}: {problem}")
 
 
+def shorten(error):
+    """What an exception says, or what it is if it says nothing, on one line.
+
+    The line begins with the package that was being imported, if one was.
+    """
+    while isinstance(error, (ImportError, RuntimeError)) and error.__cause__:
+        error = error.__cause__  # lazy imports hide which package is broken
+    said = str(error) or type(error).__name__
+    modules = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == "<module>"]
+    if modules:
+        said = f"{modules[-1].f_globals['__name__'].partition('.')[0]}: {said}"
+    return textwrap.shorten(said, 400).rstrip(".")
+
+
+def is_pointer(file):
+    """Whether a file only stands for one that Git LFS has not fetched."""
+    return file.is_file() and file.stat().st_size < 1024 and file.read_bytes().startswith(b"version https://git-lfs")
+
+
 @contextlib.contextmanager
 def failing_as(subject, remedy):
     """Raises a `Problem` for whatever a library raises in this context: some raise anything."""
@@ -51,11 +70,9 @@ def failing_as(subject, remedy):
     except Problem:
         raise
     except Exception as error:
-        cause = error
-        while isinstance(cause, (ImportError, RuntimeError)) and cause.__cause__:
-            cause = cause.__cause__  # lazy imports hide which package is broken
-        problem = textwrap.shorten(str(cause) or type(cause).__name__, 400).rstrip(".")
-        raise Problem(f"{subject}: {problem}; {remedy}") from error
+        if isinstance(subject, Path) and is_pointer(subject):
+            remedy = "it only stands for a file that Git LFS has not fetched: run git lfs pull"
+        raise Problem(f"{subject}: {shorten(error)}; {remedy}") from error
 
 
 @contextlib.contextmanager

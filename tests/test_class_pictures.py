@@ -1,5 +1,6 @@
 """Class pictures: generated ones, real ones as retrieve.py leaves them, and plain folders."""
 
+import re
 import shlex
 import shutil
 import sys
@@ -13,6 +14,7 @@ from observers import record_generation
 from pictures import make_picture
 from PIL import Image
 from reading import check_loading, check_weight_files, fresh_pipeline, load_as_a_user, load_trained
+from safetensors.torch import load_file, save_file
 
 
 def generate(folder, processes=1, **values):
@@ -104,6 +106,36 @@ def test_pictures_are_generated_in_fp16_on_a_gpu(one_concept, tmp_path):
     assert [picture.size for picture in pictures] == [(64, 64)] * 3
     assert all(np.asarray(picture).std() > 1 for picture in pictures)
     assert all(value.isfinite().all() for value in load_trained(tmp_path / "run").values())
+
+
+@pytest.fixture(scope="module")
+def overflowing(sd1, tmp_path_factory):
+    """A model whose pictures are no numbers, as where half precision overflows; its encoder is whole."""
+    model = tmp_path_factory.mktemp("models") / "overflowing"
+    shutil.copytree(sd1, model)
+    file = model / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["decoder.conv_in.bias"] += float("nan")
+    save_file(weights, file, {"format": "pt"})
+    return model
+
+
+def test_class_pictures_that_overflow(overflowing, one_concept, tmp_path):
+    """The run stops before the first one is kept: a black picture would be used by every later run."""
+    values = one_concept | {"with_prior_preservation": True, "class_prompt": "cat", "num_class_images": 3}
+    values |= {"pretrained_model_name_or_path": overflowing, "class_data_dir": tmp_path / "cats"}
+    said = finish(start(tmp_path / "run", max_train_steps=1, **values), tmp_path / "run", status=1)
+    assert re.match("error: class pictures: .* overflow .*--prior_generation_precision", said.splitlines()[-1])
+    assert not list((tmp_path / "cats").glob("*"))
+
+
+def test_validation_pictures_that_overflow(overflowing, one_concept, tmp_path):
+    """A warning, as what is trained may be sound."""
+    values = one_concept | {"pretrained_model_name_or_path": overflowing, "max_train_steps": 1}
+    fork(tmp_path / "run", validation_prompt="a <new1> cat", **values)
+    said = (tmp_path / "run.log").read_text()
+    assert re.search("^warning: pictures are black: .* overflow in torch.float32", said, re.MULTILINE)
+    assert "loads as trained (checked)" in said
 
 
 # Real pictures

@@ -595,7 +595,7 @@ BAD_RESULTS = {
     "pickled": [f"{WEIGHTS}.bin", "corrupt"],
     "list": [f"{WEIGHTS}.bin", "a list"],
     "nested": [f"{WEIGHTS}.bin", "state_dict"],
-    "pointer": [f"{WEIGHTS}.bin", "corrupt"],
+    "pointer": [f"{WEIGHTS}.bin", "git lfs pull"],
     "word gone": ["<new1>.safetensors", "missing"],
     "broken record": ["record", "corrupt"],
     "no vector": ["<new1>.safetensors", "no embedding"],

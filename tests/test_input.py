@@ -226,6 +226,9 @@ def test_arguments_of_a_process(case, folder):
 # Data, models and packages: exit status 1. One process calls main for all cases.
 
 
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 3438167534\n"
+
+
 def given(**values):
     """A case that changes flags alone."""
     return lambda folder, model: values
@@ -364,6 +367,7 @@ DATA = {
     "no bytes": (picture("empty.jpg", b""), ["cat/empty.jpg"]),
     "text": (picture("fake.jpg", b"hello"), ["cat/fake.jpg"]),
     "decompression bomb": (picture("bomb.png", bomb), ["cat/bomb.png", "3600000000 pixels"]),
+    "picture not fetched": (picture("0.png", POINTER.encode()), ["cat/0.png", "git lfs pull"]),
     "dangling link": (link("nowhere.jpg"), ["cat/link.jpg"]),
     "caption not UTF-8": (picture("0.txt", b"caf\xe9"), ["cat/0.txt", "utf-8"]),
     # lists of concepts
@@ -471,6 +475,21 @@ def nine_channels(folder):
     UNet2DConditionModel.from_config(config, in_channels=9).save_pretrained(folder / "unet")
 
 
+def config_changed(part, change):
+    """Change: settings of a part's configuration, or of model_index.json."""
+
+    def make(folder):
+        file = folder / part
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+
+    return make
+
+
+def pointer_for(name):
+    """Change: a file stands for one that Git LFS has not fetched."""
+    return lambda folder: (folder / name).write_text(POINTER)
+
+
 NAME = "--pretrained_model_name_or_path"
 UNET = "unet/diffusion_pytorch_model.safetensors"
 MODEL = {
@@ -568,6 +587,30 @@ MODEL = {
     "UNet cut": (broken(cut(UNET)), [NAME, "broken", "unet"]),
     "UNet for inpainting": (broken(nine_channels), [NAME, "broken", "9 channels"]),
     "predicts samples": (broken(predict_samples), [NAME, "broken", "'sample'"]),
+    "a UNet of XL alone": (
+        broken(config_changed("unet/config.json", {"addition_embed_type": "text_time"})),
+        [NAME, "broken", "text_encoder_2 is missing"],
+    ),
+    "an XL model's text encoders alone": (
+        broken(config_changed("model_index.json", {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]})),
+        [NAME, "broken", "complete model"],
+    ),
+    "UNet for text and classes": (
+        broken(config_changed("unet/config.json", {"class_embed_type": "projection"})),
+        [NAME, "broken", "class_embed_type"],
+    ),
+    "UNet of another text encoder": (
+        broken(config_changed("unet/config.json", {"cross_attention_dim": 1024})),
+        [NAME, "broken", "takes 1024 numbers a token, its text encoder gives 32"],
+    ),
+    # files that Git LFS has not fetched
+    "UNet not fetched": (broken(pointer_for(UNET)), [NAME, f"broken/{UNET}", "git lfs pull"]),
+    "vocabulary not fetched": (broken(pointer_for("tokenizer/vocab.json")), ["tokenizer/vocab.json", "git lfs pull"]),
+    "configuration not fetched": (
+        broken(pointer_for("text_encoder/config.json")),
+        ["text_encoder/config.json", "git lfs pull"],
+    ),
+    "index not fetched": (broken(pointer_for("model_index.json")), ["model_index.json", "git lfs pull"]),
     "no such variant": (given(variant="fp16"), [NAME, "fp16"]),
     # packages that are there, unlike a GPU
     "xformers without a GPU": (
@@ -784,9 +827,13 @@ def test_version_in_a_notebook(tmp_path):
 
 
 BROKEN = {
-    "torchvision": ("raise RuntimeError('operator torchvision::nms does not exist')", "torchvision::nms"),
-    "xformers": ("raise OSError('xformers/_C.so: undefined symbol: _ZNK3c10')", "xformers/_C.so"),
-    "peft": ("from transformers import Gone", "cannot import name 'Gone' from 'transformers'"),
+    "torchvision": (
+        "raise RuntimeError('operator torchvision::nms does not exist')",
+        "packages: torchvision: operator torchvision::nms",
+    ),
+    "xformers": ("raise OSError('_C.so: undefined symbol: _ZNK3c10')", "packages: xformers: _C.so: undefined symbol"),
+    "peft": ("from transformers import Gone", "packages: peft: cannot import name 'Gone' from 'transformers'"),
+    "scipy": ("from numpy import Gone", "packages: scipy: cannot import name 'Gone' from 'numpy'"),
 }
 
 

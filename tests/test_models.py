@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from families import FAMILIES, make_family
-from launching import finish, start
+from launching import ROOT, finish, python, start
 from models import SMALL_VOCABULARY
 from observers import record_losses, record_losses_and_draw_fast
 from PIL import Image
@@ -167,6 +167,30 @@ def flags_of(one_concept):
 def tiny(tmp_path):
     """A model that a test may change."""
     return make_family(tmp_path / "model", FAMILIES["SD 1.5"])
+
+
+def test_parts_that_nothing_needs(tiny, flags_of, tmp_path):
+    """They are named by the model's index and not there: what is printed and exported does without them, too.
+
+    So it is in the cache of a machine without a network, which has only what the training asked for.
+    """
+    index = json.loads((tiny / "model_index.json").read_text())
+    index |= {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"], "requires_safety_checker": True}
+    index |= {"feature_extractor": ["transformers", "CLIPImageProcessor"]}
+    (tiny / "model_index.json").write_text(json.dumps(index))
+    said = log_of(tmp_path / "run", **flags_of(tiny))
+    lines = said.partition("To use it:\n")[2]
+    assert "num_inference_steps=100" in lines
+    python(lines.replace("steps=100", "steps=2").replace("eta=1.0", "height=64, width=64"), cwd=tmp_path)
+    assert Image.open(tmp_path / "picture.png").size == (64, 64)
+    model = tmp_path / "exported"
+    words = [tmp_path / "run", "--pretrained_model_name_or_path", tiny, "--output", model, "--format", "model"]
+    python(ROOT / "scripts" / "export.py", *words)
+    assert type(DiffusionPipeline.from_pretrained(model)).__name__ == "StableDiffusionPipeline"
+    prompts = ["--prompts", "a <new1> cat", "--other_prompts", "a cat", "--output", tmp_path / "sheet.png"]
+    words = ["--pretrained_model_name_or_path", tiny, "--weights_dir", tmp_path / "run", *prompts]
+    instances = ["--instance_data_dir", flags_of(tiny)["instance_data_dir"]]
+    python(ROOT / "examples" / "before_after.py", *words, *instances)
 
 
 def test_only_half_precision_files(tiny, flags_of, tmp_path):
