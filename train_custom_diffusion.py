@@ -64,6 +64,10 @@ CAPTION_KEYS = ("text", "caption", "prompt")  # of metadata.jsonl
 # OneTrainer calls the pictures beside 0.png 0-masklabel.png and 0-condlabel.png.
 BESIDE_NAME = re.compile(r"(.+?)[-_.](mask|masklabel|condlabel)", re.IGNORECASE)
 DECODED_BYTES = 256 * 2**20  # of instance pictures that a data-loader worker keeps
+LAUNCH_VARIABLES = (  # by which launchers, MPI's among them, tell a process of the others
+    "WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT",
+    "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE",
+)  # fmt: skip
 SIGNAL_NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
 STOP_SIGNALS = [getattr(signal, name) for name in SIGNAL_NAMES if hasattr(signal, name)]
 MEMORY_REMEDY = "--gradient_checkpointing or a smaller --train_batch_size or --sample_batch_size takes less"
@@ -73,6 +77,9 @@ REMEDIES = {  # by what torch says: the line's subject and what to do
     "can't allocate memory": ("out of memory", MEMORY_REMEDY),
     "ALLOC_FAILED": ("out of memory", MEMORY_REMEDY),
     "shared memory": ("shared memory", SHM_REMEDY),
+    "kernel image": ("{gpu}", "torch {torch} was not built for it; install one that is, as pytorch.org says"),
+    "busy or unavailable": ("{gpu}", "another process has it for itself; wait for that, or choose another GPU"),
+    "Too many open files": ("ulimit -n", "raise it, or give --dataloader_num_workers 0"),
 }
 # Transformers reads this when it is imported; otherwise it warns that torchvision is missing, which is not needed.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -364,7 +371,6 @@ arguments = parse_args() if __name__ == "__main__" else None
 with slow_imports():
     import accelerate
     import diffusers
-    import filelock
     import numpy as np
     import torch
     import transformers
@@ -1707,12 +1713,31 @@ Custom Diffusion weights for `{base}`, trained on pictures of {", ".join(f"`{pro
 # ---------- Checkpoints -----------------------------------------------------------------------------------------
 
 
+def lock(file):
+    """Locks a file until the stream that is returned is closed. Raises BlockingIOError if another process has.
+
+    A lock is a help, not a need: a disk without locks, or another user's file, costs a line.
+    """
+    stream = None
+    try:
+        import fcntl
+
+        # Reading is enough for a lock, and another user's file may not be opened for writing.
+        stream = os.fdopen(os.open(file, os.O_RDONLY | os.O_CREAT, 0o666))
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except (ImportError, OSError) as error:
+        print(f"{file} can't be locked ({shorten(error)}): take care that no other run uses this folder")
+    return stream
+
+
 class Checkpoints:
     """Saves and resumes training: output_dir/checkpoint-<step>, each also loadable like the final result.
 
     The main process alone saves, as all hold the same state. The step says where in its draws a run
-    is. A folder has its name only while everything is in it, so it is complete whenever the run is
-    killed.
+    is. The record comes last and goes first, so a folder that has one is complete whenever the run is
+    killed. No folder is renamed, which buckets that are mounted as a disk refuse.
     """
 
     def __init__(self, result, accelerator, pipeline, optimizer, lr_scheduler, limit=None):
@@ -1722,6 +1747,7 @@ class Checkpoints:
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.limit = limit
+        self.wandb_id = None  # of the run at wandb that a checkpoint goes on with
         # A run has one number, however often it is resumed.
         self.run = 1 + max((run for run, _ in self.saved().values()), default=0)
 
@@ -1736,12 +1762,15 @@ class Checkpoints:
         folder = self.result.folder
         unet = self.pipeline.unet
         subject = f"--output_dir {folder}"
-        # One lock for all runs of a process, as a notebook keeps those that failed.
-        self.lock = filelock.FileLock(folder / ".lock", is_singleton=True)
-        with failing_as(subject, "another run is using it; give each a folder of its own"):
-            self.lock.acquire(timeout=0)
-        for leftover in (*folder.glob(".unfinished-*"), *folder.glob(".deleted-*")):
+        try:
+            self.lock = lock(folder / ".lock")
+        except BlockingIOError:
+            fail(subject, "another run is using it; give each a folder of its own")
+        for leftover in folder.glob(".unfinished-*"):
             shutil.rmtree(leftover, ignore_errors=True)  # of a run that was killed
+        for leftover in folder.glob("checkpoint-*"):
+            with contextlib.suppress(OSError):
+                leftover.rmdir()  # an empty one, which NFS may have left
         with torch.device("meta"):  # without weights
             trial = UNet2DConditionModel.from_config(unet.config)
         with (
@@ -1760,6 +1789,8 @@ class Checkpoints:
         """
         orders = {}
         for file in self.result.folder.glob(f"checkpoint-*/{CHECKPOINT_NAME}"):
+            if not file.parent.name.removeprefix("checkpoint-").isdecimal():
+                continue  # a copy that the user keeps
             try:
                 record = json.loads(file.read_bytes())
                 orders[file.parent] = (record.get("run", 0), record["step"])
@@ -1777,6 +1808,9 @@ class Checkpoints:
             "scaler": scaler.state_dict() if scaler else None,
         }
         record = {"step": step, "run": self.run, "settings": self.result.settings}
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "wandb":
+                record["wandb_id"] = tracker.run.id
         folder = self.result.folder / f"checkpoint-{step}"
         unfinished = self.result.folder / ".unfinished-checkpoint"
         try:
@@ -1785,7 +1819,9 @@ class Checkpoints:
             write_file(unfinished / CHECKPOINT_NAME, json.dumps(record, indent=2).encode())
             if folder.exists():  # an earlier run made one
                 self.delete(folder)
-            unfinished.rename(folder)
+            folder.mkdir(exist_ok=True)
+            for file in sorted(unfinished.iterdir(), key=lambda file: file.name == CHECKPOINT_NAME):
+                file.replace(folder / file.name)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)  # it would fill a full disk
         if self.limit:
@@ -1793,13 +1829,12 @@ class Checkpoints:
                 self.delete(old)
 
     def delete(self, folder):
-        """Deletes a checkpoint. What NFS refuses while a file is read is left for the next run."""
-        trash = tempfile.mkdtemp(prefix=".deleted-", dir=self.result.folder)
+        """Deletes a checkpoint, and says what a disk refuses, as NFS does while a file is read."""
         try:
-            folder.rename(Path(trash, folder.name))
-            shutil.rmtree(trash)
+            (folder / CHECKPOINT_NAME).unlink(missing_ok=True)
+            shutil.rmtree(folder)
         except OSError as error:
-            print(f"warning: {folder} could not be deleted ({error.strerror})", file=sys.stderr)
+            print(f"warning: {folder} could not be deleted ({error.strerror}); delete it later", file=sys.stderr)
 
     def free(self):
         """Makes room: after the last step neither gradients nor the optimizer's state are needed."""
@@ -1848,14 +1883,18 @@ class Checkpoints:
         # The rates of this command line at that step; a schedule's own state would bring back those of the old one.
         self.lr_scheduler.last_epoch = state["lr_scheduler"] - 1
         self.lr_scheduler.step()
+        self.wandb_id = record.get("wandb_id")
         return record["step"]
 
 
 # ---------- Trackers and validation -----------------------------------------------------------------------------
 
 
-def start_reporting(args, accelerator):
-    """Makes the hub's repository, whose id it returns, output_dir, and trackers with the settings."""
+def start_reporting(args, accelerator, step, wandb_id):
+    """Makes the hub's repository, whose id it returns, output_dir, and trackers with the settings.
+
+    The trackers go on where the run was at this step.
+    """
     repository = None
     if accelerator.is_main_process and args.push_to_hub:
         name = args.hub_model_id or Path(args.output_dir).resolve().name
@@ -1872,7 +1911,12 @@ def start_reporting(args, accelerator):
         config[f"{library.__name__}_version"] = str(library.__version__)
     config = {key: value for key, value in config.items() if value is not None}
     with failing_as(f"--report_to {args.report_to}", "log in, set WANDB_MODE=offline for wandb, or change the flag"):
-        accelerator.init_trackers("custom-diffusion", config, init_kwargs={"wandb": {"dir": args.output_dir}})
+        # What was logged after the checkpoint, or by an earlier run in the folder, is not shown again.
+        first_step = step + 1 if step else 0
+        options = {"wandb": {"dir": args.output_dir}, "tensorboard": {"purge_step": first_step}}
+        if wandb_id:
+            options["wandb"] |= {"id": wandb_id, "resume": "allow"}
+        accelerator.init_trackers("custom-diffusion", config, init_kwargs=options)
     return repository
 
 
@@ -2012,18 +2056,25 @@ def start_accelerator(args):
             fail(f"ACCELERATE_USE_{name}", "a process cannot save the weights then; run `accelerate config default`")
     # In a notebook the previous run's precision would stay in force.
     accelerate.state.AcceleratorState._reset_state()
-    accelerator = accelerate.Accelerator(
-        # Otherwise accelerate ignores torchrun's processes on a CPU.
-        cpu=not torch.accelerator.is_available(),
-        # The plugin, as the plain argument loses against ACCELERATE_GRADIENT_ACCUMULATION_STEPS.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(args.gradient_accumulation_steps),
-        mixed_precision=args.mixed_precision,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_dir=os.path.join(args.output_dir, args.logging_dir),
-        # The other processes wait for the main one while it generates pictures or uploads.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))],
-        dataloader_config=DataLoaderConfiguration(non_blocking=True),
-    )
+    launch = ", ".join(f"{name}={os.environ[name]}" for name in LAUNCH_VARIABLES if name in os.environ)
+    remedy = "run `accelerate config default`"
+    if launch:
+        remedy = "start with accelerate launch or torchrun, one process for each GPU, or unset these variables"
+    with failing_as(launch or "accelerate", remedy):
+        accelerator = accelerate.Accelerator(
+            # Otherwise accelerate ignores torchrun's processes on a CPU.
+            cpu=not torch.accelerator.is_available(),
+            # The plugin, as the plain argument loses against ACCELERATE_GRADIENT_ACCUMULATION_STEPS.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(args.gradient_accumulation_steps),
+            mixed_precision=args.mixed_precision,
+            log_with=None if args.report_to == "none" else args.report_to,
+            project_dir=os.path.join(args.output_dir, args.logging_dir),
+            # The other processes wait for the main one while it generates pictures or uploads.
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))],
+            dataloader_config=DataLoaderConfiguration(non_blocking=True),
+        )
+    # A GPU that this torch was not built for fails at its first operation; this is before the models are loaded.
+    torch.ones(1, device=accelerator.device).sum().item()
     # What was asked for must be there, as the libraries would go on without it.
     precision = accelerator.mixed_precision
     device = accelerator.device.type
@@ -2098,9 +2149,10 @@ def explain(error, output_dir):
         return REMEDIES["out of memory"]
     if isinstance(error, RuntimeError):
         said = f"{error} {error.__cause__}"
-        for text, line in REMEDIES.items():
+        for text, (subject, remedy) in REMEDIES.items():
             if text in said:
-                return line
+                gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "GPU"
+                return subject.format(gpu=gpu), remedy.format(torch=torch.__version__)
     if isinstance(error, OSError) and (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT)):
         remedy = "check its name, permissions and disk; --resume_from_checkpoint latest goes on then"
         return error.filename or output_dir, f"{error.strerror}; {remedy}"
@@ -2179,7 +2231,7 @@ def train(args):
     dataloader = build_dataloader(args, accelerator, dataset, args.train_batch_size, draws)
     model, optimizer, dataloader = accelerator.prepare(model, optimizer, dataloader)
     check_compiled(accelerator, model, pipeline.vae, noise_scheduler, dataset, args.train_batch_size, trained)
-    repository = start_reporting(args, accelerator)
+    repository = start_reporting(args, accelerator, step, checkpoints.wandb_id)
     checkpoints.claim_folder()
     print_summary(accelerator, args, result, concepts, trained, max_train_steps, tokenizers[0], initializer_ids[0])
 

@@ -84,7 +84,6 @@ def world(tmp_path_factory):
         for i in range(count):
             width = 120 if i == 1 else 80  # one that is not square
             make_picture(seed + i, width).save(folder / name / f"{i}.png")
-    (folder / "my_cat" / "notes.txt").write_text("not a picture")
     (folder / "my_cat" / ".DS_Store").write_bytes(b"\0\1")
     (folder / "my_cat" / ".hidden.png").write_bytes(b"no picture either")
     images = folder / "retrieved" / "images"

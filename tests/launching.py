@@ -36,6 +36,9 @@ LAUNCHERS = {
 LAUNCHERS["accelerate, two processes"] = [*LAUNCHERS["accelerate"], "--multi_gpu", "--num_processes=2"]
 LAUNCHERS["accelerate, two processes"] += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
 
+# the root user may read and write everything, but for this
+UNPRIVILEGED = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+
 FAST = {"resolution": 64, "train_batch_size": 1, "report_to": "none", "dataloader_num_workers": 0}
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and what they start, ignore it

@@ -9,6 +9,7 @@ output_dir. As a script this module starts main under an observer:
 import collections
 import contextlib
 import errno
+import fcntl
 import io
 import json
 import multiprocessing
@@ -20,6 +21,7 @@ import sys
 import time
 from pathlib import Path
 
+import accelerate
 import diffusers
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -367,16 +369,79 @@ def too_large_for_the_machine(folder, rank):
     DDPMScheduler.add_noise = ask
 
 
-def nothing_can_be_deleted(folder, rank):
-    """Deleting a folder raises what NFS does while somebody reads a file in it."""
+def somebody_reads_a_file(folder, rank):
+    """Deleting a checkpoint leaves what NFS does while somebody reads a file of it, and raises an error."""
     rmtree = shutil.rmtree
 
     def refuse(path, *args, **options):
-        if ".deleted-" in str(path):
-            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
         rmtree(path, *args, **options)
+        if Path(path).name.startswith("checkpoint-"):
+            Path(path).mkdir()
+            Path(path, ".nfs0001").touch()
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
 
     shutil.rmtree = refuse
+
+
+def no_folder_can_be_renamed(folder, rank):
+    """Renaming a folder raises what a bucket that is mounted as a disk does."""
+
+    def guard(name):
+        rename = getattr(os, name)
+
+        def refuse(source, target, **options):
+            if Path(source).is_dir():
+                raise OSError(errno.ENOTSUP, "Operation not supported", str(source))
+            return rename(source, target, **options)
+
+        setattr(os, name, refuse)
+
+    guard("rename")
+    guard("replace")
+
+
+def nothing_can_be_renamed(folder, rank):
+    """The same for files, as in Amazon's mounted buckets."""
+
+    def refuse(source, target, **options):
+        raise OSError(errno.EPERM, "Operation not permitted", str(source))
+
+    os.rename = os.replace = refuse
+
+
+def no_locks(folder, rank):
+    """Locking a file raises the errors of disks that have no locks."""
+    errors = iter([errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EIO])
+
+    def refuse(stream, operation):
+        number = next(errors)
+        raise OSError(number, os.strerror(number))
+
+    fcntl.flock = refuse
+
+
+def gpu_of_another_torch(folder, rank):
+    """A GPU's first operation raises what torch does where it has no code for it."""
+
+    def refuse(*args, **options):
+        raise RuntimeError(
+            "CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors ..."
+        )
+
+    torch.ones = refuse
+
+
+def fewer_gpus_than_processes(folder, rank):
+    """Choosing the process's GPU raises what torch does where there is none."""
+    prepare = accelerate.PartialState._prepare_backend
+
+    def refuse(*args, **options):
+        prepare(*args, **options)
+        raise RuntimeError(
+            "CUDA error: invalid device ordinal\nGPU device may be out of range, do you have enough GPUs?"
+        )
+
+    accelerate.PartialState._prepare_backend = refuse
 
 
 def few_open_files(folder, rank):

@@ -3,6 +3,7 @@
 Runs are stopped by kills, signals and a full disk. What is left is complete, and `latest` goes on from it.
 """
 
+import fcntl
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from launching import (
     LAUNCHERS,
     ROOT,
     SCRIPT,
+    UNPRIVILEGED,
     finish,
     flags,
     fork,
@@ -33,8 +35,10 @@ from launching import (
 from observers import (
     die_while_a_picture_is_written,
     hang_in_a_step,
-    nothing_can_be_deleted,
+    no_folder_can_be_renamed,
+    nothing_can_be_renamed,
     slow_disk,
+    somebody_reads_a_file,
     take_long_in_a_step,
     too_large_for_the_machine,
 )
@@ -107,15 +111,53 @@ def test_latest_after_going_on_from_an_earlier_checkpoint(undisturbed, six_steps
 
 
 def test_checkpoint_that_cannot_be_deleted(undisturbed, six_steps, tmp_path):
-    """As on NFS while somebody reads a file of it: a warning; the next run sweeps it up."""
+    """As on NFS while somebody reads a file of it: a warning; it is no checkpoint any more, and goes when it can."""
     folder = tmp_path / "run"
-    said = finish(start(folder, observer=nothing_can_be_deleted, **six_steps), folder)
+    said = finish(start(folder, observer=somebody_reads_a_file, **six_steps), folder)
     assert f"warning: {folder / 'checkpoint-2'} could not be deleted (Directory not empty)" in said
-    assert checkpoints(folder) == ["checkpoint-4", "checkpoint-6"] and list(folder.glob(".deleted-*"))
+    assert checkpoints(folder) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    assert os.listdir(folder / "checkpoint-2") == [".nfs0001"]
     assert same_bits(load_trained(folder), load_trained(undisturbed))
+    (folder / "checkpoint-2" / ".nfs0001").unlink()
     (folder / ".unfinished-of-a-killed-run").mkdir()
-    fork(folder, **six_steps)
+    said = finish(start(folder, resume_from_checkpoint="latest", **six_steps), folder)
+    assert f"Resuming from {folder / 'checkpoint-6'}, step 6" in said
+    assert checkpoints(folder) == ["checkpoint-4", "checkpoint-6"]
     assert [file.name for file in folder.glob(".*")] == [".lock"]
+
+
+def test_folders_that_cannot_be_renamed(undisturbed, six_steps, tmp_path):
+    """As in a bucket that is mounted as a disk: checkpoints are written and deleted, an earlier run's is replaced."""
+    folder = copy_run(undisturbed, tmp_path / "run", "checkpoint-4")
+    (folder / "checkpoint-4" / "of_an_earlier_run.safetensors").touch()
+    said = finish(start(folder, observer=no_folder_can_be_renamed, **six_steps), folder)
+    assert "warning" not in said and checkpoints(folder) == ["checkpoint-4", "checkpoint-6"]
+    assert sorted(os.listdir(folder / "checkpoint-4")) == sorted(os.listdir(undisturbed / "checkpoint-4"))
+    assert same_bits(load_trained(folder), load_trained(undisturbed))
+
+
+def test_files_that_cannot_be_renamed(six_steps, tmp_path):
+    """The trial save says so before the first step."""
+    children = start(tmp_path / "run", observer=nothing_can_be_renamed, **six_steps)
+    said = finish(children, tmp_path / "run", status=1)
+    assert said.splitlines()[-1].startswith(
+        f"error: --output_dir {tmp_path / 'run'}: [Errno 1] Operation not permitted"
+    )
+    assert "a trial save failed" in said and "0/6" not in said
+
+
+def test_checkpoint_that_the_user_keeps(undisturbed, six_steps, tmp_path):
+    """A copy under another name is neither deleted nor the latest; its name goes on from it."""
+    folder = copy_run(undisturbed, tmp_path / "run", "checkpoint-2")
+    for name in ("checkpoint-2-best", "checkpoint-2 (copy)", "checkpoint-final"):
+        shutil.copytree(undisturbed / "checkpoint-4", folder / name)
+    values = six_steps | {"checkpoints_total_limit": 1}
+    said = finish(start(folder, resume_from_checkpoint="latest", **values), folder)
+    assert f"Resuming from {folder / 'checkpoint-2'}, step 2" in said
+    kept = ["checkpoint-2 (copy)", "checkpoint-2-best", "checkpoint-6", "checkpoint-final"]
+    assert checkpoints(folder) == kept
+    said = finish(start(folder, resume_from_checkpoint="checkpoint-2-best", **values), folder)
+    assert f"Resuming from {folder / 'checkpoint-2-best'}, step 4" in said and checkpoints(folder) == kept
 
 
 def test_checkpoint_of_an_older_version(undisturbed, six_steps, tmp_path):
@@ -636,6 +678,43 @@ def test_computer_without_memory(shown, six_steps, tmp_path):
 
 
 # Two runs in one folder
+
+
+def test_disks_without_locks(one_concept, tmp_path):
+    """Each of their errors costs a line, and no training; five runs in one process, as a notebook starts them."""
+    code = f"""
+import sys
+sys.path[:0] = ["{ROOT}", "{ROOT}/tests"]
+import observers, train_custom_diffusion as trainer
+observers.no_locks(None, 0)
+for _ in range(5):
+    trainer.main(trainer.parse_args(sys.argv[1:]))
+"""
+    process = run(
+        sys.executable, "-c", code, *flags(**FAST | one_concept, max_train_steps=1, output_dir=tmp_path / "run")
+    )
+    assert process.returncode == 0, process.stderr
+    reasons = re.findall(r"\.lock can't be locked \(\[Errno \d+\] (.*)\): take care", process.stdout)
+    assert [reason.split()[0] for reason in reasons] == ["No", "Operation", "Function", "Invalid", "Input/output"]
+
+
+@pytest.mark.skipif(UNPRIVILEGED and not shutil.which("setpriv"), reason="the root user may read everything")
+def test_lock_of_another_user(one_concept, tmp_path):
+    """One that may be read is a lock as any other; one that may not be costs a line."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / ".lock").touch()
+    words = flags(**FAST | one_concept, max_train_steps=1, output_dir=folder)
+    for mode, lines in ((0o444, 0), (0, 1)):
+        (folder / ".lock").chmod(mode)
+        process = run(*UNPRIVILEGED, sys.executable, SCRIPT, *words)
+        assert process.returncode == 0, process.stderr
+        assert process.stdout.count("can't be locked ([Errno 13] Permission denied") == lines
+    (folder / ".lock").chmod(0o444)
+    with open(folder / ".lock") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        process = run(*UNPRIVILEGED, sys.executable, SCRIPT, *words)
+    assert process.returncode == 1 and "another run" in process.stderr
 
 
 def test_second_run_in_a_folder_is_told(six_steps, tmp_path):

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import socket
 import sys
 import time
 
@@ -9,7 +10,13 @@ import pytest
 import torch
 from conftest import with_classes
 from launching import FAST, LAUNCHERS, OBSERVERS, SCRIPT, finish, flags, fork, run, start, train, wait_until
-from observers import bus_error_in_a_worker, record_files_and_weights, run_out_of_memory
+from observers import (
+    bus_error_in_a_worker,
+    fewer_gpus_than_processes,
+    gpu_of_another_torch,
+    record_files_and_weights,
+    run_out_of_memory,
+)
 from pictures import make_picture
 from reading import distance, load_trained, movement, training_state
 
@@ -234,3 +241,59 @@ def test_processes_that_find_different_checkpoints(own_pictures, tmp_path):
     assert all(end_of(children))
     (line,) = [line for line in (tmp_path / "run.log0").read_text().splitlines() if line.startswith("error: ")]
     assert "--resume_from_checkpoint" in line and "[2, 0]" in line
+
+
+# What launchers, containers and GPUs get wrong
+
+LAUNCHES = {
+    "MPI's variables of a container": {"OMPI_COMM_WORLD_SIZE": "2"},
+    "MPI's, complete": {
+        "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+        "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+    },
+    "another MPI's": {"PMI_SIZE": "4", "PMI_RANK": "0"},
+    "a launcher's, without an address": {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"},
+    "no number": {"WORLD_SIZE": "two"},
+    "empty": {"LOCAL_RANK": ""},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LAUNCHES)
+def test_variables_of_a_launcher(case, one_concept, tmp_path):
+    """One line that begins with them and says what to do."""
+    env = LAUNCHES[case]
+    (tmp_path / "run.log0").touch()
+    child = start(tmp_path / "run", env=env | {"MASTER_ADDR": None, "MASTER_PORT": None}, **one_concept)
+    (line,) = finish(child, tmp_path / "run", status=1).splitlines()
+    name, value = next(iter(env.items()))
+    assert re.match(rf"error: (RANK=0, |WORLD_SIZE=\d, )*{name}={value}[,:]", line) or f", {name}={value}" in line
+    assert line.endswith("or unset these variables")
+
+
+def test_port_in_use(one_concept, tmp_path):
+    """Another launch on the same machine has it."""
+    (tmp_path / "run.log0").touch()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        env = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        env["MASTER_PORT"] = str(server.getsockname()[1])
+        said = finish(start(tmp_path / "run", env=env, **one_concept), tmp_path / "run", status=1)
+    line = said.splitlines()[-1]
+    assert line.startswith("error: WORLD_SIZE=2") and "address already in use" in line and "Traceback" not in said
+
+
+def test_fewer_gpus_than_processes(one_concept, tmp_path):
+    env = {"LOCAL_RANK": "0"}
+    child = start(tmp_path / "run", env=env, observer=fewer_gpus_than_processes, **one_concept)
+    (line,) = finish(child, tmp_path / "run", status=1).splitlines()
+    assert (
+        line.startswith("error: LOCAL_RANK=0: CUDA error: invalid device ordinal")
+        and "one process for each GPU" in line
+    )
+
+
+def test_gpu_that_torch_was_not_built_for(one_concept, tmp_path):
+    """Told with the version, before the model is loaded: it is not there."""
+    values = one_concept | {"pretrained_model_name_or_path": "nowhere"}
+    child = start(tmp_path / "run", observer=gpu_of_another_torch, **values)
+    (line,) = finish(child, tmp_path / "run", status=1).splitlines()
+    assert re.match(rf"error: .+: torch {re.escape(torch.__version__)} was not built for it; install", line)

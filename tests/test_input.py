@@ -16,15 +16,13 @@ from pathlib import Path
 
 import packaging
 import pytest
-from launching import ROOT, SCRIPT, SECRET, flags, in_one_process, python, run
+from launching import ROOT, SCRIPT, SECRET, UNPRIVILEGED, flags, in_one_process, python, run
 from packaging.requirements import Requirement
 from pictures import make_picture
 
 from train_custom_diffusion import parse_args
 
 HEAVY = ("torch", "diffusers", "transformers", "accelerate")
-# the root user may read and write everything, but for this
-UNPRIVILEGED = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
 
 
 @pytest.fixture

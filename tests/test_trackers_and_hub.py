@@ -138,6 +138,35 @@ def test_wandb(tracked, config):
     check_pictures(tracked, {step: [Image.open(folder / "files" / name) for name in files[step]] for step in files})
 
 
+def scalars_of(folder):
+    """The steps of each of tensorboard's curves, as tensorboard shows them."""
+    log = EventAccumulator(str(folder / "logs" / "custom-diffusion"), size_guidance={"scalars": 0}).Reload()
+    return [[event.step for event in log.Scalars(tag)] for tag in ("loss", "lr")]
+
+
+def test_trackers_of_a_resumed_run(one_concept, tmp_path):
+    """It goes on in the same run, and each step is there once, although the first run got further than its checkpoint.
+
+    A new run in the folder hides the old one's curve.
+    """
+    folder = tmp_path / "run"
+    values = one_concept | {"report_to": "all", "checkpointing_steps": 2, "env": SECRETS | OFFLINE}
+    values["env"] |= {"COMET_OFFLINE_DIRECTORY": str(folder)}
+    if not COMET_OFFLINE:
+        values["report_to"] = "tensorboard"
+    fork(folder, max_train_steps=3, **values)
+    fork(folder, max_train_steps=5, resume_from_checkpoint="latest", **values)
+    assert scalars_of(folder) == [[1, 2, 3, 4, 5]] * 2
+    if COMET_OFFLINE:
+        names = {
+            re.fullmatch(r"offline-run-\d+_\d+-(\w+)", path.name)[1] for path in folder.glob("wandb/offline-run-*")
+        }
+        record = json.loads((folder / "checkpoint-4" / "checkpoint.json").read_text())
+        assert names == {record["wandb_id"]} and len(list(folder.glob("wandb/offline-run-*"))) == 2
+    fork(folder, max_train_steps=2, **values | {"report_to": "tensorboard"})
+    assert scalars_of(folder) == [[1, 2]] * 2
+
+
 @pytest.mark.skipif(not COMET_OFFLINE, reason="needs accelerate 1.6")
 def test_comet_ml(tracked):
     """Loss and learning rate, in one archive of the main process."""
