@@ -44,6 +44,7 @@ import sys
 import tempfile
 import textwrap
 import traceback
+import unicodedata
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -70,16 +71,18 @@ LAUNCH_VARIABLES = (  # by which launchers, MPI's among them, tell a process of 
 )  # fmt: skip
 SIGNAL_NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
 STOP_SIGNALS = [getattr(signal, name) for name in SIGNAL_NAMES if hasattr(signal, name)]
+WORKER_REMEDY = "give fewer --dataloader_num_workers, or 0"
 MEMORY_REMEDY = "--gradient_checkpointing or a smaller --train_batch_size or --sample_batch_size takes less"
-SHM_REMEDY = "/dev/shm is full; use docker run --shm-size=1g, or --dataloader_num_workers 0"
 REMEDIES = {  # by what torch says: the line's subject and what to do
     "out of memory": ("out of memory", MEMORY_REMEDY),
     "can't allocate memory": ("out of memory", MEMORY_REMEDY),
     "ALLOC_FAILED": ("out of memory", MEMORY_REMEDY),
-    "shared memory": ("shared memory", SHM_REMEDY),
+    "is killed by signal": (
+        "data-loader worker",
+        "the system ended it, as it does when memory is short; " + WORKER_REMEDY,
+    ),
     "kernel image": ("{gpu}", "torch {torch} was not built for it; install one that is, as pytorch.org says"),
     "busy or unavailable": ("{gpu}", "another process has it for itself; wait for that, or choose another GPU"),
-    "Too many open files": ("ulimit -n", "raise it, or give --dataloader_num_workers 0"),
 }
 # Transformers reads this when it is imported; otherwise it warns that torchvision is missing, which is not needed.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -199,9 +202,24 @@ def number(kind, least, below=math.inf):
     return parse
 
 
-positive, non_negative = number(int, 1), number(int, 0)
+def string(value):
+    """argparse type: text in Unicode's normal form C, and not empty, as a shell's unset variable is."""
+    if not value:
+        raise argparse.ArgumentTypeError("is empty; give a value, or leave the flag out")
+    value.encode()  # ValueError for what is no UTF-8
+    return normal_form(value)
+
+
+def path(value):
+    """argparse type: a path, or a name on the hub. bash leaves the ~ of --flag=~/folder alone."""
+    if not value:
+        raise argparse.ArgumentTypeError("is empty; give a value, or leave the flag out")
+    return os.path.expanduser(value)
+
+
+normal_form = functools.partial(unicodedata.normalize, "NFC")
+positive, non_negative, seed_number = number(int, 1), number(int, 0), number(int, 0, below=2**64)
 real, fraction = number(float, 0), number(float, 0, below=1)
-path = os.path.expanduser  # bash leaves the ~ of --flag=~/folder alone
 PRECISIONS = ("no", "fp16", "bf16")
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "all", "none")
@@ -209,16 +227,16 @@ TRACKERS = ("tensorboard", "wandb", "comet_ml", "all", "none")
 FLAGS = {  # by group: flag, type or choices, default, help
     "model and concept": [
         ("--pretrained_model_name_or_path", path, None, "hub id, or folder in diffusers format"),
-        ("--revision", str, None, "revision of the model on the hub"),
-        ("--variant", str, None, "variant of the weight files, such as fp16"),
+        ("--revision", string, None, "revision of the model on the hub"),
+        ("--variant", string, None, "variant of the weight files, such as fp16"),
         ("--tokenizer_name", path, None, "another tokenizer than the model's: hub id or folder"),
         ("--instance_data_dir", path, None, "folder with 3 to 20 pictures of the concept"),
-        ("--instance_prompt", str, None, 'their prompt, with the modifier token: "photo of a <new1> cat"'),
+        ("--instance_prompt", string, None, 'their prompt, with the modifier token: "photo of a <new1> cat"'),
         ("--class_data_dir", path, None, "folder of class (regularization) pictures; generated ones go there"),
-        ("--class_prompt", str, None, 'the class: "cat"'),
+        ("--class_prompt", string, None, 'the class: "cat"'),
         ("--concepts_list", path, None, "JSON list of objects with the four keys above, for several concepts"),
-        ("--modifier_token", str, None, 'new word; "+" between several: "<new1>+<new2>"'),
-        ("--initializer_token", str, DEFAULT_INITIALIZERS, "words whose embeddings the new ones start from"),
+        ("--modifier_token", string, None, 'new word; "+" between several: "<new1>+<new2>"'),
+        ("--initializer_token", string, DEFAULT_INITIALIZERS, "words whose embeddings the new ones start from"),
         ("--freeze_model", ("crossattn_kv", "crossattn"), "crossattn_kv",
          "crossattn_kv trains to_k and to_v of the cross-attention; crossattn also to_q and to_out"),
     ],
@@ -240,7 +258,7 @@ FLAGS = {  # by group: flag, type or choices, default, help
         ("--gradient_accumulation_steps", positive, 1, "micro-batches per optimizer step"),
         ("--num_train_epochs", positive, 1, "an epoch is max(instance pictures, class pictures) long"),
         ("--max_train_steps", positive, None, "optimizer steps; wins over --num_train_epochs"),
-        ("--seed", non_negative, 42, "every random draw follows from it"),
+        ("--seed", seed_number, 42, "every random draw follows from it"),
         ("--dataloader_num_workers", non_negative, 2, "processes that load pictures; 0: the main one"),
         ("--local_rank", int, -1, "not used: launchers set LOCAL_RANK"),
     ],
@@ -270,7 +288,7 @@ FLAGS = {  # by group: flag, type or choices, default, help
         ("--logging_dir", path, "logs", "tensorboard's folder, inside output_dir"),
         ("--report_to", TRACKERS, "tensorboard", "tracker of loss and validation pictures"),
         ("--no_safe_serialization", boolean, False, "write only .bin files, no .safetensors"),
-        ("--validation_prompt", str, None, 'prompt of the validation pictures: "<new1> cat sitting in a bucket"'),
+        ("--validation_prompt", string, None, 'prompt of the validation pictures: "<new1> cat sitting in a bucket"'),
         ("--num_validation_images", positive, 2, "pictures per validation"),
         ("--validation_steps", positive, 50, "optimizer steps between validations"),
     ],
@@ -281,8 +299,8 @@ FLAGS = {  # by group: flag, type or choices, default, help
     ],
     "hub": [
         ("--push_to_hub", boolean, False, "upload the result to the Hugging Face hub"),
-        ("--hub_token", str, None, "token for the upload; better: `hf auth login`"),
-        ("--hub_model_id", str, None, "repository; default: the output folder's name"),
+        ("--hub_token", string, None, "token for the upload; better: `hf auth login`"),
+        ("--hub_model_id", string, None, "repository; default: the output folder's name"),
     ],
 }
 # fmt: on
@@ -365,8 +383,30 @@ def slow_imports():
             gc.enable()
 
 
-# --help and wrong arguments answer here, before the imports below, which take seconds.
-arguments = parse_args() if __name__ == "__main__" else None
+class Output(io.FileIO):
+    """Standard output or error, whose reader may go away or whose disk may be full: the training goes on."""
+
+    def write(self, content):
+        try:
+            return super().write(content)
+        except OSError:
+            return len(content)
+
+
+def keep_output_harmless():
+    """Lets nothing that is printed end the run, letters that the terminal's encoding lacks neither."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):  # a notebook has others
+            buffer = io.BufferedWriter(Output(stream.fileno(), "w", closefd=False))
+            options = {"encoding": stream.encoding, "errors": "backslashreplace"}
+            setattr(sys, name, io.TextIOWrapper(buffer, line_buffering=stream.line_buffering, **options))
+
+
+if __name__ == "__main__":
+    keep_output_harmless()
+    # --help and wrong arguments are answered here, before the imports below, which take seconds.
+    arguments = parse_args()
 
 with slow_imports():
     import accelerate
@@ -380,16 +420,18 @@ with slow_imports():
     from diffusers.optimization import get_scheduler
     from diffusers.utils import make_image_grid
     from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
-    from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, ImageOps
+    from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
     from safetensors.torch import load_file
     from safetensors.torch import save as serialize
     from torch import nn
-    from torch.utils.data import DataLoader, Dataset, get_worker_info
+    from torch.utils.data import DataLoader, Dataset
     from tqdm.auto import tqdm
 
     with contextlib.suppress(ImportError):
         importlib.import_module("pillow_heif").register_heif_opener()  # for phones' pictures
-Image.MAX_IMAGE_PIXELS = 2**29  # phones make pictures of 200 megapixels, which Pillow takes for an attack
+# Pillow takes phones' 200 megapixels, and what ComfyUI writes into a picture, for an attack.
+Image.MAX_IMAGE_PIXELS = 2**29
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 # How far a prediction may be from the same one, as a share of its largest value.
 ROUNDING = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
@@ -471,7 +513,8 @@ class Folder:
 def is_picture(file):
     """Whether a file is a picture by its ending, and not hidden."""
     kind = Image.registered_extensions().get(file.suffix.lower())
-    return kind in Image.OPEN and file.name[0] != "." and not file.is_dir()
+    is_file = file.is_file() or not file.exists()  # a link to nothing is refused later; a pipe would wait for ever
+    return kind in Image.OPEN and file.name[0] != "." and is_file
 
 
 def read_text(file):
@@ -556,7 +599,7 @@ def read_folder(folder, flag, prompt, with_masks=False):
                 caption = read_text(source)
         if caption is not None:
             found.sources[picture] = source
-        found.samples.append((picture, prompt if caption is None else " ".join(caption.split())))
+        found.samples.append((picture, prompt if caption is None else " ".join(normal_form(caption).split())))
 
     # What is left out: everything else
     used = {*dict(found.samples), *found.sources.values(), *found.masks.values()}
@@ -590,6 +633,14 @@ def read_class_images(concept, args):
     return found.left_out
 
 
+def upright(image):
+    """The picture as viewers show it, however the camera was held."""
+    image.getexif()
+    # exif_transpose would write the other metadata again, and fail where it can't. The orientation is kept in mind.
+    image.info.pop("exif", None)
+    return ImageOps.exif_transpose(image)
+
+
 def load_picture(file, least=math.inf, keep_alpha=False, mask=None):
     """Decodes a picture to upright sRGB of 8 bits, alpha on white, its shorter side at least `least`.
 
@@ -598,11 +649,10 @@ def load_picture(file, least=math.inf, keep_alpha=False, mask=None):
     takes the place of the alpha. Returns the picture and its size in the file.
     """
     with Image.open(file) as opened:
-        size = opened.size
-        if opened.getexif().get(ExifTags.Base.Orientation, 1) > 4:  # it lies on its side
-            size = size[::-1]
+        is_on_its_side = opened.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        size = opened.size[::-1] if is_on_its_side else opened.size
         opened.draft(None, (least, least))  # a phone's JPEG of 200 megapixels is decoded smaller
-        image = ImageOps.exif_transpose(opened)
+        image = upright(opened)
         profile = opened.info.get("icc_profile")
     if image.mode[0] in "IF":  # 16 bits, or floats of 0 to 1
         scale = 255 if image.mode == "F" else 1 / 257
@@ -618,7 +668,7 @@ def load_picture(file, least=math.inf, keep_alpha=False, mask=None):
             image = ImageCms.profileToProfile(image, io.BytesIO(profile), srgb, outputMode=mode)
     if mask:
         with Image.open(mask) as opened:
-            alpha = ImageOps.exif_transpose(opened).convert("L").resize(image.size)
+            alpha = upright(opened).convert("L").resize(image.size)
         image = image.convert("RGB")
         image.putalpha(alpha)
     if image.mode != "RGBA":
@@ -632,19 +682,23 @@ def load_picture(file, least=math.inf, keep_alpha=False, mask=None):
     return image.reduce(factor), size
 
 
+def check_writable(folder, subject):
+    """Fails if a folder can't be written to or made."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        fail(subject, f"{existing} is not a folder that can be written to; give another")
+
+
 def read_concepts(args):
     """Reads and checks what needs no model, every picture included. Returns a list of `Concept`."""
     output_dir = Path(args.output_dir).resolve()
-    existing = next(path for path in (output_dir, *output_dir.parents) if path.exists())
-    if not (existing.is_dir() and os.access(existing, os.W_OK)):
-        problem = f"{existing} is not a folder that can be written to; give another"
-        fail(f"--output_dir {args.output_dir}", problem)
+    check_writable(output_dir, f"--output_dir {args.output_dir}")
     entries = read_concepts_list(args) if args.concepts_list else [vars(args)]
     concepts = []
     left_out = {}  # by folder, as concepts may share one
     for entry in entries:
         folder = Path(entry["instance_data_dir"]).expanduser()
-        prompt = entry["instance_prompt"]
+        prompt = normal_form(entry["instance_prompt"])
         found = read_folder(folder, "instance_data_dir", prompt, args.alpha_mask)
         if not found.samples:
             fail(f"instance_data_dir {folder}", f"no pictures in it; {mend_empty(folder, 'put 3 to 20 there')}")
@@ -653,7 +707,10 @@ def read_concepts(args):
         if args.with_prior_preservation:
             concept.class_prompt = entry["class_prompt"]
             concept.class_data_dir = Path(entry["class_data_dir"]).expanduser()
-            left_out[f"class_data_dir {concept.class_data_dir}"] = read_class_images(concept, args)
+            subject = f"class_data_dir {concept.class_data_dir}"
+            left_out[subject] = read_class_images(concept, args)
+            if len(concept.class_samples) < args.num_class_images and not args.real_prior:
+                check_writable(concept.class_data_dir.resolve(), subject)
         concepts.append(concept)
     check_folders(concepts, output_dir, args.real_prior)
     check_pictures(concepts, args)
@@ -747,18 +804,31 @@ def time_ids(original_size, corner, size):
     return np.array((height, width, top, left, size, size), np.float32)
 
 
+class Batch(dict):
+    """Tensors by name, which a worker sends through its pipe.
+
+    Torch would share their memory, and lose a batch in silence where /dev/shm is full, too few
+    files may be open, or the name of the temporary folder is long.
+    """
+
+    def __reduce__(self):
+        return Batch.of_arrays, ({key: values.numpy() for key, values in self.items()},)
+
+    @classmethod
+    def of_arrays(cls, arrays):
+        """The batch of NumPy arrays by name."""
+        return cls({key: torch.from_numpy(values) for key, values in arrays.items()})
+
+
 def collate_fn(draws):
-    """Batch of draws as one dict of tensors: first the instance examples, then the class examples."""
+    """`Batch` of draws: first the instance examples, then the class examples."""
     instances = [examples[0] for examples in draws]
     classes = [examples[1] for examples in draws if len(examples) > 1]
-    batch = {}
+    arrays = {}
     for key in instances[0]:
         values = [example[key] for example in instances + classes if key in example]
-        batch[key] = torch.from_numpy(np.stack(values))
-    # A worker shares its batch here, where a full /dev/shm is an error: later the batch would be lost in silence.
-    if get_worker_info():
-        batch = {key: values.share_memory_() for key, values in batch.items()}
-    return batch
+        arrays[key] = np.stack(values)
+    return Batch.of_arrays(arrays)
 
 
 @dataclasses.dataclass
@@ -991,13 +1061,16 @@ def check_base_model(args):
     model = f"--pretrained_model_name_or_path {name}"
     convert = "StableDiffusionPipeline.from_single_file(file).save_pretrained(folder) makes one of a single file"
     with failing_as(model, f"give a hub id within reach or a folder in diffusers format; {convert}", name):
+        if not Path(name).exists() and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+            raise FileNotFoundError("no such folder")
         if Path(name).is_dir() and not Path(name, "model_index.json").is_file():
             found = ", ".join(sorted(os.listdir(name))[:5])
             raise FileNotFoundError(f"no model_index.json but {found or 'nothing'}")
         index = DiffusionPipeline.load_config(name, revision=args.revision)
     # Pipelines of distilled models have other names, so the parts decide.
-    parts = {part: index.get(part, [None, None])[1] for part in ("unet", "text_encoder", "text_encoder_2")}
-    known = {"unet": "UNet2DConditionModel", "text_encoder": "CLIPTextModel", "text_encoder_2": None}
+    known = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
+    known |= {"text_encoder": "CLIPTextModel", "text_encoder_2": None}
+    parts = {part: index.get(part, [None, None])[1] for part in known}
     known_xl = known | {"text_encoder_2": "CLIPTextModelWithProjection"}
     if parts not in (known, known_xl):
         fail(model, f"a {index['_class_name']}; give a Stable Diffusion 1.x, 2.x or XL")
@@ -1850,11 +1923,11 @@ class Checkpoints:
             folder = list(known)[-1] if known else None
             self.run = known.get(folder, (self.run, 0))[0]
         else:
-            named = [path for path in (self.result.folder / name, Path(name)) if path.is_dir()]
+            named = [path for path in (self.result.folder / name, Path(name)) if (path / CHECKPOINT_NAME).is_file()]
             folder = named[0] if named else None
             if not folder:
                 found = [path.name for path in known]
-                fail(f"--resume_from_checkpoint {name}", f"no such folder; there are {found or 'none'}")
+                fail(f"--resume_from_checkpoint {name}", f"no checkpoint; there are {found or 'none'}")
         step = 0
         if folder:
             with failing_as(f"--resume_from_checkpoint {folder}", "resume from another one, as this one is corrupt"):
@@ -1920,6 +1993,16 @@ def start_reporting(args, accelerator, step, wandb_id):
     return repository
 
 
+@contextlib.contextmanager
+def reporting(accelerator):
+    """A tracker that fails, as on a full disk, costs a warning and is asked no more."""
+    try:
+        yield
+    except Exception as error:
+        accelerator.trackers = []
+        print(f"warning: trackers left out from here: {shorten(error)}", file=sys.stderr)
+
+
 def print_summary(accelerator, args, result, concepts, trained, max_train_steps, tokenizer, initializer_ids):
     """Prints what is trained, from what, on what and how long."""
     starts = tokenizer.convert_ids_to_tokens(initializer_ids)
@@ -1960,7 +2043,8 @@ def report_step(accelerator, progress, step, step_loss, learning_rate):
         fail(f"step {step}", f"the loss is {loss}; lower --learning_rate, or take another base model")
     progress.set_postfix(loss=f"{loss:.4f}", lr=f"{learning_rate:.2e}", refresh=False)
     progress.update()
-    accelerator.log({"loss": loss, "lr": learning_rate}, step=step)
+    with reporting(accelerator):
+        accelerator.log({"loss": loss, "lr": learning_rate}, step=step)
 
 
 def sheet_name(step):
@@ -2008,10 +2092,11 @@ def validate(args, accelerator, pipeline, step):
         pipeline.vae.to("cpu")
     sheet = draw_sheet(images, f"step {step}" if step else "before")
     write_file(Path(args.output_dir, sheet_name(step)), to_bytes(sheet.save, format="PNG"))
-    for tracker in accelerator.trackers:
-        if tracker.name in ("tensorboard", "wandb"):
-            options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({"validation": np.stack(images)}, step, **options)
+    with reporting(accelerator):
+        for tracker in accelerator.trackers:
+            if tracker.name in ("tensorboard", "wandb"):
+                options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"validation": np.stack(images)}, step, **options)
     return images
 
 
@@ -2092,8 +2177,8 @@ def start_accelerator(args):
     return accelerator
 
 
-def build_optimizer(args, parameters, samples_per_step):
-    """AdamW (torch's or bitsandbytes') over what is trained, with --scale_lr applied."""
+def build_optimizer(args, parameters, samples_per_step, max_train_steps):
+    """AdamW (torch's or bitsandbytes') over what is trained, with --scale_lr applied, and its schedule."""
     learning_rate = args.learning_rate
     if args.scale_lr:
         learning_rate *= samples_per_step * (2 if args.with_prior_preservation else 1)
@@ -2104,8 +2189,14 @@ def build_optimizer(args, parameters, samples_per_step):
         "eps": args.adam_epsilon,
     }
     if args.use_8bit_adam:
-        return importlib.import_module("bitsandbytes").optim.AdamW8bit(parameters, **settings)
-    return torch.optim.AdamW(parameters, fused=True, **settings)
+        optimizer = importlib.import_module("bitsandbytes").optim.AdamW8bit(parameters, **settings)
+    else:
+        optimizer = torch.optim.AdamW(parameters, fused=True, **settings)
+    subject = f"--lr_scheduler {args.lr_scheduler}"
+    with failing_as(subject, "give fewer --lr_warmup_steps, another --learning_rate or another schedule"):
+        lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, None, args.lr_warmup_steps, max_train_steps)
+        lr_scheduler.lr_lambdas[0](max_train_steps)  # some divide by zero at their end
+    return optimizer, lr_scheduler
 
 
 def check_compiled(accelerator, model, vae, noise_scheduler, dataset, batch_size, parameters):
@@ -2190,14 +2281,15 @@ def finish(args, accelerator, result, pipeline, base_tokenizers, concepts, step,
         prove_reload(result, accelerator, pipeline, base_tokenizers, concepts)
         checked = "; loads as trained (checked)"
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-    if checked and args.validation_prompt:
-        with leaving_out("final pictures"):
-            images = draw_final_pictures(args, accelerator, pipeline, step)
     if result.words and args.freeze_model == "crossattn_kv" and not args.with_prior_preservation:
         # Without class pictures the class has changed as well.
         print(f"To keep what else the model knows as it was: {merge_command(result, args)}")
     prompt = args.validation_prompt or concepts[0].instance_prompt
-    print(f"Saved to {result.folder}{checked}. To use it:\n\n{result.lines(args, prompt, str(result.folder))}")
+    lines = result.lines(args, prompt, str(result.folder))
+    print(f"Saved to {result.folder}{checked}. To use it:\n\n{lines}", flush=True)
+    if checked and args.validation_prompt:
+        with leaving_out("final pictures"):
+            images = draw_final_pictures(args, accelerator, pipeline, step)
     if repository:
         upload(result, args, concepts, [f"image_{i}.png" for i in range(len(images))], repository)
 
@@ -2222,8 +2314,7 @@ def train(args):
     dataset = build_dataset(args, accelerator, pipeline, concepts, base_tokenizers)
     samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     max_train_steps = args.max_train_steps or args.num_train_epochs * math.ceil(dataset.epoch_length / samples_per_step)
-    optimizer = build_optimizer(args, trained, samples_per_step)
-    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, None, args.lr_warmup_steps, max_train_steps)
+    optimizer, lr_scheduler = build_optimizer(args, trained, samples_per_step, max_train_steps)
     result = describe_result(args, concepts, pipeline, samples_per_step)
     checkpoints = Checkpoints(result, accelerator, pipeline, optimizer, lr_scheduler, args.checkpoints_total_limit)
     step = checkpoints.resume(args.resume_from_checkpoint)
@@ -2278,7 +2369,8 @@ def train(args):
     accelerator.wait_for_everyone()
     # important: the model goes before the process group ends, as torch can hang otherwise.
     (model,) = accelerator.free_memory(model)
-    accelerator.end_training()
+    with reporting(accelerator):
+        accelerator.end_training()
     if stopped:
         accelerator.print(f"Stopped after step {step}; to go on: the same command with --resume_from_checkpoint latest")
         raise SystemExit(128 + (signals[0] if signals else signal.SIGTERM))
@@ -2297,4 +2389,8 @@ def main(args):
 if __name__ == "__main__":
     # Collections need not look at what the imports made: the one at exit alone takes a second.
     gc.freeze()
-    main(arguments)
+    try:
+        main(arguments)
+    except KeyboardInterrupt:
+        print("Stopped by Ctrl-C; what is finished is kept, and the same command goes on with it", file=sys.stderr)
+        sys.exit(130)

@@ -1,14 +1,17 @@
 """What lies in the folders of pictures: captions in every form, masks, and what is left out."""
 
 import json
+import os
 import re
 import shutil
+import struct
 
 import numpy as np
 import pytest
 from launching import finish, flags, fork, start
 from pictures import make_picture
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from reading import load_trained, same_bits
 from records import settings_of
 
@@ -298,3 +301,60 @@ def test_jpeg_decoded_smaller(orientation, tmp_path):
     assert size == upright.size and 100 <= min(found.size) < 200
     expected = np.asarray(upright.resize(found.size, Image.Resampling.BOX), float)
     assert np.abs(np.asarray(found, float) - expected).mean() < 2, "of 255 levels"
+
+
+# Pictures that viewers show
+
+
+def test_metadata_that_pillow_cannot_write(tmp_path):
+    """A phone's picture on its side, with a number that no file can hold again."""
+    image = make_picture(3, 90, 60)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "plain.jpg", quality=95, exif=exif)
+    body = b"II*\0" + struct.pack("<LH", 8, 2)
+    body += struct.pack("<HHLHH", 0x0112, 3, 1, 6, 0)  # the orientation
+    body += struct.pack("<HHLL", 0x011A, 10, 1, 38) + struct.pack("<L", 0) + struct.pack("<ll", -1, 0)
+    image.save(tmp_path / "broken.jpg", quality=95, exif=b"Exif\0\0" + body)
+    with pytest.raises(Exception):  # noqa: B017 (which one depends on Pillow)
+        ImageOps.exif_transpose(Image.open(tmp_path / "broken.jpg"))
+    found, size = load_picture(tmp_path / "broken.jpg")
+    expected, _ = load_picture(tmp_path / "plain.jpg")
+    assert size == (60, 90) and np.array_equal(np.asarray(found), np.asarray(expected))
+
+
+def test_workflow_in_a_png(tmp_path):
+    """ComfyUI writes how it drew a picture into the file; compressed, that may be larger than the picture."""
+    text = PngInfo()
+    text.add_text("workflow", "x" * 3_000_000, zip=True)
+    image = make_picture(3, 90, 60)
+    image.save(tmp_path / "0.png", pnginfo=text)
+    assert np.array_equal(np.asarray(load_picture(tmp_path / "0.png")[0]), np.asarray(image))
+
+
+def test_pipe_among_the_pictures(tmp_path, capsys):
+    """It is left out: who opened it would wait for ever."""
+    make_folder(tmp_path / "cat", "0.png")
+    os.mkfifo(tmp_path / "cat" / "1.png")
+    assert captions_of(tmp_path / "cat") == {"0.png": PROMPT}
+    assert "left out 1.png" in capsys.readouterr().out
+
+
+def test_letters_composed_in_another_way(tmp_path):
+    """macOS writes an accent as a letter of its own; word, prompts and captions are read alike."""
+    composed, apart = "<\u00e9>", "<e\u0301>"
+    make_folder(tmp_path / "cat", "0.png", "1.png")
+    (tmp_path / "cat" / "0.txt").write_text(f"a {apart} cat on a sofa")
+    values = {"modifier_token": apart, "instance_prompt": f"a {apart} cat"}
+    assert captions_of(tmp_path / "cat", **values) == {
+        "0.png": f"a {composed} cat on a sofa",
+        "1.png": f"a {composed} cat",
+    }
+    words = flags(pretrained_model_name_or_path="none", instance_data_dir=tmp_path / "cat", **values)
+    assert parse_args(words).modifier_token == composed
+    (tmp_path / "list.json").write_text(
+        json.dumps([{"instance_prompt": f"a {apart} cat", "instance_data_dir": str(tmp_path / "cat")}])
+    )
+    words = flags(pretrained_model_name_or_path="none", concepts_list=tmp_path / "list.json", modifier_token=composed)
+    (concept,) = read_concepts(parse_args(words))
+    assert concept.instance_prompt == f"a {composed} cat"

@@ -144,6 +144,7 @@ def test_booleans(name):
 
 # Arguments that are wrong by themselves: exit status 2
 
+NAME = "--pretrained_model_name_or_path"
 
 ARGUMENTS = {
     "no model": ({"pretrained_model_name_or_path": None}, ["--pretrained_model_name_or_path"]),
@@ -175,6 +176,14 @@ ARGUMENTS = {
     "real_prior alone": ({"real_prior": True}, ["--real_prior", "--with_prior_preservation"]),
     "token twice": ({"modifier_token": "<new1>+<new1>"}, ["--modifier_token", "<new1>", "different words"]),
     "empty token": ({"modifier_token": "<new1>+"}, ["--modifier_token"]),
+    "token with a space": ({"modifier_token": "my cat"}, ["--modifier_token", "'my cat'", "'my_cat'"]),
+    "token with a space, among others": ({"modifier_token": "<new1>+my\tcat"}, ["--modifier_token", "'my_cat'"]),
+    "no initializer": ({"initializer_token": ""}, ["--initializer_token", "is empty"]),
+    "output folder of an unset variable": ({"output_dir": ""}, ["--output_dir", "is empty"]),
+    "model of an unset variable": ({"pretrained_model_name_or_path": ""}, [NAME, "is empty"]),
+    "variant of an unset variable": ({"variant": ""}, ["--variant", "is empty"]),
+    "prompt that is no UTF-8": ({"instance_prompt": "a <new1> caf\udce9"}, ["--instance_prompt"]),
+    "seed": ({"seed": 2**64}, ["--seed", "18446744073709551616"]),
     "token with a slash": ({"modifier_token": "a/b"}, ["--modifier_token", "a/b"]),
     "initializers": (
         {"modifier_token": "<new1>+<b>", "initializer_token": "cat"},
@@ -421,8 +430,12 @@ DATA = {
     "unreadable picture": (forbidden("cat/0.png", 0), ["cat/0.png", "denied"]),
     "unreadable folder": (forbidden("cat", 0), ["instance_data_dir", "cat", "denied"]),
     "output not writable": (forbidden("run", 0o500, made("run/")), ["--output_dir", "run"]),
+    "class pictures not writable": (
+        forbidden("class", 0o500, with_class(made("class/"), class_data_dir="class")),
+        ["class_data_dir class", "written to"],
+    ),
 }
-PERMISSIONS = list(DATA)[-3:]
+PERMISSIONS = list(DATA)[-4:]
 
 
 def other_model(**contents):
@@ -488,7 +501,6 @@ def pointer_for(name):
     return lambda folder: (folder / name).write_text(POINTER)
 
 
-NAME = "--pretrained_model_name_or_path"
 UNET = "unet/diffusion_pytorch_model.safetensors"
 MODEL = {
     # what the tokenizer alone can tell
@@ -519,7 +531,6 @@ MODEL = {
         ["--modifier_token '<new1>'"],
     ),
     "unknown initializer": (given(initializer_token="wolpertinger"), ["--initializer_token", "wolpertinger", "'wol'"]),
-    "no initializer": (given(initializer_token=""), ["--initializer_token"]),
     "token is a word": (
         given(modifier_token="cat", instance_prompt="a cat"),
         ["--modifier_token", "'cat'", "vocabulary"],
@@ -565,7 +576,20 @@ MODEL = {
     "another tokenizer, gone": (given(tokenizer_name="gone"), ["--tokenizer_name gone"]),
     # no Stable Diffusion
     "resolution": (given(resolution=100), ["--resolution", "100", "8", "104"]),
-    "no such model": (given(pretrained_model_name_or_path="./gone"), [NAME, "./gone"]),
+    "no such model": (given(pretrained_model_name_or_path="./gone"), [NAME, "./gone", "no such folder"]),
+    "no such model, with its whole path": (given(pretrained_model_name_or_path="/gone/sd"), [NAME, "no such folder"]),
+    "another kind of VAE": (
+        broken(config_changed("model_index.json", {"vae": ["diffusers", "AutoencoderTiny"]})),
+        [NAME, "broken", "Stable Diffusion"],
+    ),
+    "schedule that divides by zero": (
+        given(lr_scheduler="polynomial", lr_warmup_steps=2, max_train_steps=2),
+        ["--lr_scheduler polynomial", "--lr_warmup_steps"],
+    ),
+    "schedule that ends above the rate": (
+        given(lr_scheduler="polynomial", lr_warmup_steps=0, learning_rate=1e-7),
+        ["--lr_scheduler polynomial", "lr_end"],
+    ),
     "hub id, offline": (given(pretrained_model_name_or_path="some/model"), [NAME, "some/model"]),
     "empty model": (other_model(), [NAME, "no model_index.json", "nothing"]),
     "transformers model": (
