@@ -13,6 +13,7 @@ run, the command. docs/class-pictures.md describes the sources and the folder.
 import argparse
 import base64
 import contextlib
+import functools
 import glob
 import hashlib
 import io
@@ -31,6 +32,7 @@ import threading
 import time
 import traceback
 import urllib.parse
+import urllib.request
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -50,6 +52,8 @@ except ImportError as error:
 HEADERS = {"User-Agent": "CustomDiffusion-retrieve/1.0 (+https://arxiv.org/abs/2212.04488)"}
 PASSING_STATUSES = (408, 425, 429, 500, 502, 503, 504)
 MAX_REDIRECTS = 5
+# So many seconds are spent on a host that limits the rate of requests and gives nothing.
+MAX_PATIENCE = 120
 # A search service may take longer than a picture, retries included, and its answer may be larger.
 MAX_SEARCH_SECONDS = 120
 MAX_ANSWER_BYTES = 200_000_000
@@ -70,15 +74,15 @@ PLURALS = {"person": "people", "man": "men", "woman": "women", "child": "childre
 TRACEBACK = os.environ.get("CUSTOM_DIFFUSION_TRACEBACK")
 # A decoded picture can take several hundred megabytes, so two are decoded at a time.
 DECODERS = threading.BoundedSemaphore(2)
-CONNECTIONS = {"http": urllib3.connection.HTTPConnection, "https": urllib3.connection.HTTPSConnection}
-# Slim containers have no certificates of their own, and companies add theirs to the system's.
-TLS = ssl.create_default_context(cafile=certifi.where())
-TLS.load_default_certs()
-TLS.set_alpn_protocols(["http/1.1"])
+PORTS = {"http": 80, "https": 443}
 
 
 class RetrieveError(Exception):
     """What stopped the run, or a source, in one line that says what to do."""
+
+    def __init__(self, problem, advice=None):
+        super().__init__(f"{problem}; {advice}" if advice else problem)
+        self.has_advice = advice is not None
 
 
 class Failure(Exception):
@@ -87,6 +91,18 @@ class Failure(Exception):
     def __init__(self, kind, retry_after=None):
         super().__init__(kind)
         self.retry_after = retry_after
+
+
+class RateLimited(Failure):
+    """A host wants fewer requests. It answered with `status` (None: it was not asked) and wants a `pause` in seconds.
+
+    `pause` is None if the host does not say. Then a status of 503 may be about the one address.
+    """
+
+    def __init__(self, status, pause):
+        super().__init__("HTTP 503" if status == 503 and pause is None else "rate limited")
+        self.status = status
+        self.pause = pause
 
 
 def one_line(text):
@@ -112,15 +128,29 @@ def is_public(address):
     return ip.is_global and not ip.is_multicast
 
 
-def connect(host, port, args, deadline, picture):
-    """Opens a socket to a host, for a picture only at an address of the public internet. Raises OSError, `Failure`.
+def literal_address(host):
+    """IP address that a host is written as, in its usual spelling (127.0.0.1 for 127.1); "" if the host is a name."""
+    if ":" in host:
+        return host
+    try:
+        return socket.inet_ntoa(socket.inet_aton(host))
+    except OSError:
+        return ""
 
-    Which search service is asked is the user's choice, so its address may be any.
-    """
+
+def is_allowed(host, address):
+    """Whether pictures may come from this address of a host."""
+    # VPN programs answer every name with an address of this network, and carry what is sent there to the real host.
+    is_stand_in = ipaddress.ip_address(address.partition("%")[0]) in ipaddress.ip_network("198.18.0.0/15")
+    return is_public(address) or (is_stand_in and not literal_address(host))
+
+
+def connect(host, port, args, deadline, guarded):
+    """Opens a socket to a host, if `guarded` only at an address of the public internet. Raises OSError, `Failure`."""
     error = Failure("private address")
     for *_, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
         # The address is checked and connected to, not the name, which may have another one a moment later.
-        if picture and not args.allow_private_hosts and not is_public(address[0]):
+        if guarded and not is_allowed(host, address[0]):
             continue
         try:
             left = max(deadline - time.monotonic(), 0.001)
@@ -130,12 +160,20 @@ def connect(host, port, args, deadline, picture):
     raise error
 
 
+def retry_after(response):
+    """Seconds that a response asks to wait, or None."""
+    with contextlib.suppress(urllib3.exceptions.InvalidHeader):
+        return urllib3.Retry().get_retry_after(response)
+    return None
+
+
 def read_content(response, args, picture):
     """Decoded body of a response. Fails if it is too large, is not a picture, or must not be used for training."""
+    if response.status in (429, 503):
+        raise RateLimited(response.status, retry_after(response))
     if response.status != 200:
         may_pass = response.status in PASSING_STATUSES
-        retry_after = urllib3.Retry().get_retry_after(response) or 0
-        raise Failure(f"HTTP {response.status}", retry_after if may_pass else None)
+        raise Failure(f"HTTP {response.status}", (retry_after(response) or 0) if may_pass else None)
     if picture:
         for tag in response.headers.getlist("X-Robots-Tag"):
             if re.search(r"\bno(image)?ai\b", tag, re.IGNORECASE):
@@ -156,29 +194,113 @@ def read_content(response, args, picture):
     return bytes(content)
 
 
+@functools.lru_cache
+def tls_settings(*bundles):
+    """TLS settings that trust the usual certificates, and those in files or folders (None: no such file)."""
+    # Slim containers have no certificates of their own, and companies add theirs to the system's.
+    tls = ssl.create_default_context(cafile=certifi.where())
+    tls.load_default_certs()  # SSL_CERT_FILE and SSL_CERT_DIR among them
+    tls.set_alpn_protocols(["http/1.1"])
+    for bundle in filter(None, bundles):
+        kind = "capath" if os.path.isdir(bundle) else "cafile"
+        try:
+            tls.load_verify_locations(**{kind: bundle})
+        except OSError as error:
+            raise RetrieveError(f"REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE {bundle}: {error}", "correct it") from error
+    return tls
+
+
+def find_proxy(parts):
+    """Address of the proxy that the environment names for a host; None if the host is asked directly."""
+    proxies = urllib.request.getproxies()
+    address = proxies.get(parts.scheme) or proxies.get("all")
+    host = parts.host.strip("[]")
+    literal = literal_address(host)
+    # A proxy outside can't reach these, and one inside must not be led there by the address of a picture.
+    is_local = re.search(r"(^|\.)localhost$", host) or (literal and not is_public(literal))
+    if not address or is_local or urllib.request.proxy_bypass(parts.netloc):
+        return None
+    if "://" not in address:
+        address = f"http://{address}"
+    with contextlib.suppress(urllib3.exceptions.LocationParseError):
+        proxy = urllib3.util.parse_url(address)
+        if proxy.scheme in PORTS and proxy.host:
+            return proxy._replace(port=proxy.port or PORTS[proxy.scheme])
+    scheme = one_line(address).partition("://")[0]
+    raise Failure(f"the proxy is no http://host:port but {scheme}://…: set HTTPS_PROXY and HTTP_PROXY")
+
+
+@contextlib.contextmanager
+def naming(proxy, deadline):
+    """Names the proxy, if there is one, as the cause of an error on the way through it."""
+    try:
+        yield
+    except OSError as error:
+        if not proxy or isinstance(error, ssl.SSLError):
+            raise
+        failure = explain(error, deadline)
+        if refused := re.match(r"Tunnel connection failed: (\d+)", str(error)):
+            failure = Failure(f"HTTP {refused[1]}")
+        raise Failure(f"proxy {proxy.netloc}: {failure}", failure.retry_after) from error
+
+
+def make_connection(parts, proxy, headers):
+    """Connection of urllib3's to a host, or to the proxy that is asked for it with `headers`; without a socket yet."""
+    tls = tls_settings(os.environ.get("REQUESTS_CA_BUNDLE"), os.environ.get("CURL_CA_BUNDLE"))
+    first = proxy or parts
+    kind = urllib3.connection.HTTPConnection
+    options = {"port": first.port}
+    if "https" in (parts.scheme, first.scheme):
+        kind = urllib3.connection.HTTPSConnection
+        options["ssl_context"] = tls
+    if proxy:
+        options["proxy"] = proxy
+        options["proxy_config"] = urllib3.connection.ProxyConfig(tls, False, None, None)
+    connection = kind(first.host.strip("[]"), **options)
+    if proxy and parts.scheme == "https":
+        port = parts.port or PORTS["https"]
+        connection.set_tunnel(parts.host.strip("[]"), port, headers, proxy.scheme)
+    return connection
+
+
 def request(url, args, picture, deadline, body, headers):
     """Sends one request, a POST if it has a body. Returns the content and the url, or None and where a redirect leads.
 
     Only a picture's redirects are followed: a search service that has moved is an error.
     """
     parts = urllib3.util.parse_url(url)
-    if parts.scheme not in CONNECTIONS or not parts.host:
+    if parts.scheme not in PORTS or not parts.host:
         raise ValueError(f"not an http(s) URL: {url}")
-    connection = CONNECTIONS[parts.scheme](parts.host.strip("[]"), parts.port, timeout=args.timeout)
-    host = connection.host
-    with connect(host, connection.port, args, deadline, picture) as sock, sock.dup() as line:
+    target = parts.request_uri
+    proxy = find_proxy(parts)
+    proxy_headers = {}
+    if proxy and proxy.auth:
+        password = base64.b64encode(urllib.parse.unquote(proxy.auth).encode())
+        proxy_headers["Proxy-Authorization"] = f"Basic {password.decode()}"
+    if proxy and parts.scheme == "http":
+        target = parts._replace(auth=None, fragment=None).url
+        headers = headers | proxy_headers
+
+    connection = make_connection(parts, proxy, proxy_headers)
+    connection.timeout = args.timeout
+    # A proxy resolves the names itself. Which search service is asked is the user's choice, so its address may be any.
+    guarded = picture and not proxy and not args.allow_private_hosts
+    with naming(proxy, deadline):
+        opened = connect(connection.host, connection.port, args, deadline, guarded)
+    with opened as sock, sock.dup() as line:
         # urllib3's timeouts are per read, and a server that drips bytes never reaches them.
         hang_up = threading.Timer(deadline - time.monotonic(), line.shutdown, [socket.SHUT_RDWR])
         hang_up.start()
         try:
-            # A connection that has a socket opens none, so the address that was checked is the one that is asked.
-            if parts.scheme == "https":
-                connection.sock = TLS.wrap_socket(sock, server_hostname=host)
-            else:
-                connection.sock = sock
+            # The connection opens no socket of its own, so the address that was checked is the one that is asked.
+            connection._new_conn = lambda: sock
+            with naming(proxy, deadline):
+                connection.connect()
             method = "POST" if body else "GET"
-            connection.request(method, parts.request_uri, body, HEADERS | headers, preload_content=False)
+            connection.request(method, target, body, HEADERS | headers, preload_content=False)
             with connection.getresponse() as response:
+                if proxy and response.status == 407:
+                    raise Failure(f"proxy {proxy.netloc}: HTTP 407")
                 location = picture and response.get_redirect_location()
                 content = None if location else read_content(response, args, picture)
         finally:
@@ -205,26 +327,45 @@ def explain(error, deadline):
     return Failure("connection failed", retry_after=0)
 
 
-def exchange(url, args, picture, deadline, body, headers):
-    """Sends a request and follows redirects; returns the content. Raises `Failure`."""
+def host_of(url):
+    """Host of a URL; None if it has none."""
+    with contextlib.suppress(urllib3.exceptions.LocationParseError):
+        return urllib3.util.parse_url(url).host
+    return None
+
+
+def exchange(url, args, picture, patient, deadline, body, headers):
+    """Sends a request and follows redirects; returns the content. Raises `Failure`.
+
+    A host that has limited the rate is asked only in the `patient` way, and not before the time that it named.
+    """
     try:
         for _ in range(MAX_REDIRECTS + 1):
+            host = host_of(url)
+            if host in args.free_at:
+                pause = args.free_at[host] - time.monotonic()
+                if pause > 0 or not patient:
+                    raise RateLimited(None, pause)
             content, url = request(url, args, picture, deadline, body, headers)
             if content is not None:
                 return content
+    except RateLimited as limited:
+        if limited.status:
+            args.free_at[host] = time.monotonic() + max(limited.pause or 0, 0.5)
+        raise
     except (OSError, ValueError, urllib3.connection.HTTPException, urllib3.exceptions.HTTPError) as error:
         raise explain(error, deadline) from error
     raise Failure("too many redirects")
 
 
-def fetch(url, args, picture, body=None, headers=None):
+def fetch(url, args, picture, patient=False, body=None, headers=None):
     """Content behind the URL of a picture, or of a search. Retries temporary faults. Raises `Failure`."""
     end = time.monotonic() + (args.timeout if picture else MAX_SEARCH_SECONDS)
     attempt = 0
     while True:
         deadline = min(end, time.monotonic() + args.timeout)
         try:
-            return exchange(url, args, picture, deadline, body, headers or {})
+            return exchange(url, args, picture, patient, deadline, body, headers or {})
         except Failure as failure:
             if failure.retry_after is None or attempt == args.retries:
                 raise
@@ -233,6 +374,32 @@ def fetch(url, args, picture, body=None, headers=None):
                 raise
         time.sleep(pause)
         attempt += 1
+
+
+def fetch_patiently(url, args, picture, body=None, headers=None):
+    """As `fetch`, but waits for hosts that limit the rate. Only one thread does so: they get one request at a time."""
+    host = host_of(url)
+    start = time.monotonic() - args.lost[host]
+    attempt = 0
+    while args.lost[host] < MAX_PATIENCE:
+        try:
+            content = fetch(url, args, picture, True, body, headers)
+            args.lost[host] = 0
+            return content
+        except RateLimited as limited:
+            args.lost[host] = time.monotonic() - start
+            pause = max(limited.pause or 0, 0.5 * 2**attempt)
+            is_last = limited.status == 503 and limited.pause is None and attempt >= args.retries
+            if is_last or args.lost[host] + pause > MAX_PATIENCE:
+                raise
+            attempt += limited.status is not None
+        except Failure:
+            args.lost[host] = time.monotonic() - start
+            raise
+        if pause > 5:
+            tqdm.write(f"{host} limits how often it is asked: waiting {pause:.0f} s")
+        time.sleep(pause)
+    raise Failure("rate limited")
 
 
 # ---------- Pictures --------------------------------------------------------------------------------------------
@@ -314,7 +481,7 @@ def plural(phrase):
 def ask(url, flag, args, body=None, headers=None):
     """Results with a picture that a search service answers, and how many pages it has; `flag` names it in errors."""
     try:
-        content = fetch(url, args, picture=False, body=body, headers=headers)
+        content = fetch_patiently(url, args, picture=False, body=body, headers=headers)
         answer = json.loads(content)
         results = answer
         pages = 1
@@ -370,7 +537,8 @@ def search_openverse(args):
     headers = {}
     page_size = 20
     pause = 1  # the rate in seconds that is allowed without a token
-    if token := os.environ.get("OPENVERSE_TOKEN"):
+    token = one_line(os.environ.get("OPENVERSE_TOKEN")).removeprefix("Bearer ")
+    if token:
         headers = {"Authorization": f"Bearer {token}"}
         page_size = 100
         pause = 0
@@ -382,8 +550,8 @@ def search_openverse(args):
             try:
                 entries, pages = ask(f"{args.openverse_url}?{query}", "--openverse_url", args, headers=headers)
             except RetrieveError as error:
-                if token and "HTTP 401" in str(error):  # a token expires after 12 hours
-                    raise RetrieveError(f"{error}; renew or unset OPENVERSE_TOKEN") from error
+                if token and re.search("HTTP 40[13]$", str(error)):  # a token expires after 12 hours
+                    raise RetrieveError(str(error), "renew or unset OPENVERSE_TOKEN") from error
                 raise
             for entry in entries:
                 found = True
@@ -553,8 +721,9 @@ def find_candidates(known, args):
                 tqdm.write(str(error))
                 return
             if source == sources[-1]:
-                advice = "" if args.dataset else "; give another --source"
-                raise RetrieveError(f"{error}{advice}") from error
+                if error.has_advice or args.dataset:
+                    raise
+                raise RetrieveError(str(error), "give another --source") from error
             print(f"{error}; asking Openverse instead")
 
 
@@ -639,8 +808,8 @@ def read_file(name, args):
         raise Failure("no such file") from error
 
 
-def obtain(record, picture, unfinished, args):
-    """Fetches and converts a candidate's picture; returns its file in `unfinished` and a digest of its pixels.
+def obtain(record, picture, unfinished, args, get=fetch):
+    """Gets and converts a candidate's picture; returns its file in `unfinished` and a digest of its pixels.
 
     The file is named by a hash of its origin and by the digest, so a run that is started again needs no other record.
     """
@@ -652,18 +821,29 @@ def obtain(record, picture, unfinished, args):
     if earlier:
         return earlier, earlier.name.split(".")[1]
     if picture is None:
-        picture = fetch(record["url"], args, picture=True)
+        picture = get(record["url"], args, picture=True)
     jpeg, digest = convert(picture, args)
     unfinished.mkdir(parents=True, exist_ok=True)
     return write(unfinished / f"{name}.{digest}.jpg", jpeg, unfinished), digest
 
 
+def is_placeholder(copies):
+    """Whether a picture, given by these (file, record) pairs, is one that hosts show instead of those they have lost.
+
+    The same photo can have two addresses; at three, hardly anything but such a picture is the same to the pixel.
+    """
+    addresses = {record["url"] for _, record in copies if record["url"].startswith("http")}
+    return len(addresses) >= 3
+
+
 def collect(pictures, unfinished, args):
     """Obtains the missing pictures; returns (file, record) pairs and a Counter of why candidates gave none."""
-    digests = set()
+    found = {}  # by the digest of the pixels, in the source's order: (file, record) pairs
     for file, record in pictures:
         with contextlib.suppress(Failure):
-            digests.add(record.get("pixel_sha256") or convert(file.read_bytes(), args)[1])
+            digest = record.get("pixel_sha256") or convert(file.read_bytes(), args)[1]
+            found[digest] = [(file, record)]
+    owned = set(found)
     candidates = find_candidates({record["url"] for _, record in pictures}, args)
     # The source is asked for its first candidate here, so that its error comes before the bar.
     first = list(itertools.islice(candidates, 1))
@@ -679,25 +859,38 @@ def collect(pictures, unfinished, args):
             missing = args.num_class_images - len(pictures) - len(new)
             batch = list(itertools.islice(candidates, min(missing, BATCH * args.num_workers)))
             if not batch:
-                return new, failures
-            futures = [pool.submit(obtain, record, picture, unfinished, args) for record, picture in batch]
+                break
+            futures = [pool.submit(obtain, *candidate, unfinished, args) for candidate in batch]
             # The results are taken in the source's order, whichever download ends first.
-            for (record, _), future in zip(batch, futures, strict=True):
+            for (record, picture), future in zip(batch, futures, strict=True):
                 try:
-                    file, digest = future.result()
-                    if digest in digests:
-                        raise Failure("duplicate")
+                    try:
+                        file, digest = future.result()
+                    except RateLimited:
+                        file, digest = obtain(record, picture, unfinished, args, fetch_patiently)
                 except Failure as failure:
                     failures[str(failure)] += 1
                     if TRACEBACK:
                         traceback.print_exception(failure)
                     continue
-                digests.add(digest)
-                new.append((file, record | {"pixel_sha256": digest}))
-                bar.update()
+                bar.update(digest not in found)
+                found.setdefault(digest, []).append((file, record | {"pixel_sha256": digest}))
+            new = [copies[0] for digest, copies in found.items() if digest not in owned and not is_placeholder(copies)]
+            bar.n = len(pictures) + len(new)
     finally:
         bar.close()
         pool.shutdown(wait=False, cancel_futures=True)
+
+    for digest, copies in found.items():
+        if not is_placeholder(copies):
+            failures["duplicate"] += len(copies) - 1
+        elif digest in owned:
+            failures["placeholder"] += len(copies) - 1
+            name = copies[0][1].get("file_name")
+            print(f"{name} may be a placeholder: {len(copies)} addresses give this picture")
+        else:
+            failures["placeholder"] += len(copies)
+    return new, +failures
 
 
 LEAST = {  # of the arguments that are numbers
@@ -735,6 +928,10 @@ def retrieve(
     if dataset:  # bash leaves the ~ of --flag=~/folder alone
         args.dataset = os.path.expanduser(dataset)
     folder = Path(os.path.expanduser(class_data_dir)).resolve()
+    # Hosts that limit the rate: when they may be asked again, and how many seconds they have cost since they gave a
+    # picture.
+    args.free_at = {}
+    args.lost = Counter()
     # Here lies what a run, or one that was killed, has not yet put in its place.
     unfinished = folder / ".unfinished"
     new = []
