@@ -12,7 +12,9 @@ run, the command. docs/class-pictures.md describes the sources and the folder.
 
 import argparse
 import base64
+import codecs
 import contextlib
+import csv
 import functools
 import glob
 import hashlib
@@ -67,7 +69,12 @@ BATCH = 16  # candidates that a worker is given at a time
 KEPT = ("text", "url", "license", "license_url", "creator", "attribution")
 # Each list holds one key of metadata.jsonl. The last one says which pictures are there.
 LISTS = {"caption.txt": "text", "urls.txt": "url", "images.txt": "file_name"}
-CAPTION_COLUMNS = ("text", "caption", "txt", "TEXT", "prompt", "json")
+CAPTION_COLUMNS = ("text", "caption", "captions", "txt", "TEXT", "prompt", "sentences", "raw", "json")
+CAPTION_ENDINGS = (".txt", ".caption")
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+PICTURE_ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+# Pictures that nothing here reads, to be named when they are left out.
+UNREAD = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".psd", ".svg", ".tga", ".dng", ".cr2", ".cr3", ".nef", ".arw")
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "url", "URL")
 PLURALS = {"person": "people", "man": "men", "woman": "women", "child": "children", "sheep": "sheep", "fish": "fish"}
 # If it is set, the traceback behind a one-line message is shown.
@@ -537,7 +544,8 @@ def search_openverse(args):
     headers = {}
     page_size = 20
     pause = 1  # the rate in seconds that is allowed without a token
-    token = one_line(os.environ.get("OPENVERSE_TOKEN")).removeprefix("Bearer ")
+    # Line breaks and quotation marks of a text program, pasted with a token, can't be sent.
+    token = one_line(os.environ.get("OPENVERSE_TOKEN")).encode("ascii", "ignore").decode().removeprefix("Bearer ")
     if token:
         headers = {"Authorization": f"Bearer {token}"}
         page_size = 100
@@ -594,46 +602,142 @@ def with_json(row):
     return row
 
 
+def decode(content):
+    """Text of a file: UTF-8, or UTF-16 with its mark, as Windows writes it."""
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if is_utf16 else "utf-8-sig", "replace")
+
+
+def read_parquet(file):
+    """Rows of a parquet file as dicts."""
+    import pyarrow.parquet  # takes time, and other sources do not need it
+
+    # A name that pyarrow opens itself may be taken for an address.
+    with open(file, "rb") as opened, pyarrow.parquet.ParquetFile(opened) as table:
+        for batch in table.iter_batches(16):  # pictures are large
+            yield from batch.to_pylist()
+
+
+def read_metadata(file):
+    """Rows of a folder's metadata, of the names and kinds that `datasets` gives it, as dicts."""
+    if file.suffix == ".parquet":
+        return read_parquet(file)
+    text = decode(file.read_bytes())
+    if file.suffix == ".csv":
+        return csv.DictReader(io.StringIO(text, newline=""))
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"line {number} of {file.name} is no JSON object") from error
+    return rows
+
+
+def find_captions(files):
+    """Paths of the captions among files, each also under its path with the ending in small letters."""
+    captions = {}
+    for file in files:
+        ending = file.suffix.lower()
+        if ending in CAPTION_ENDINGS:
+            captions.setdefault(file.with_suffix(ending), file)
+            captions[file] = file
+    return captions
+
+
+def caption_beside(picture, captions):
+    """Path of a picture's caption among those that `find_captions` found, or None."""
+    names = [picture.with_suffix(ending) for ending in CAPTION_ENDINGS]
+    names += [picture.with_name(picture.name + ending) for ending in CAPTION_ENDINGS]
+    return next((captions[name] for name in names if name in captions), None)
+
+
+def read_folder(files, args):
+    """Rows of a folder's pictures: those that its metadata names, then others that have a caption beside them."""
+    rows = {}  # by the path of the picture
+    for name in METADATA:
+        for file in files:
+            if file.name != name:
+                continue
+            for row in read_metadata(file):
+                # `datasets` takes columns such as image_file_name as well.
+                named = [value for column, value in row.items() if str(column).endswith("file_name") and value]
+                if not named:
+                    raise ValueError(f"{name} has a row without file_name")
+                rows.setdefault(file.parent / named[0], row)
+
+    captions = find_captions(files)
+    left_out = Counter()
+    examples = {}
+    for file in files:
+        ending = file.suffix.lower()
+        reason = "of a kind that is not read" if ending in UNREAD else "without a caption"
+        if file in rows or ending not in (*PICTURE_ENDINGS, *UNREAD):
+            continue
+        if ending in PICTURE_ENDINGS and caption_beside(file, captions):
+            rows[file] = {}
+        else:
+            left_out[reason] += 1
+            examples.setdefault(reason, file.name)
+    reasons = ", ".join(f"{count} {reason} (such as {examples[reason]})" for reason, count in left_out.items())
+    if not rows:
+        raise ValueError(f"no captioned pictures: {reasons}; give each a .txt file, or the folder a metadata.jsonl")
+    if left_out:
+        print(f"--dataset {args.dataset}: left out {left_out.total()} pictures: {reasons}")
+
+    columns = caption_columns(args)
+    every_column = dict.fromkeys(column for row in rows.values() for column in row)
+    if captions:
+        every_column[columns[0]] = None
+    for picture, row in rows.items():
+        beside = caption_beside(picture, captions)
+        if beside and not first_value(row, columns):
+            row[columns[0]] = decode(beside.read_bytes())
+        yield every_column | row | {"image": picture}
+
+
 def open_dataset(args):
-    """Rows of the dataset as dicts, their pictures undecoded, and its columns of pictures; hidden files are no part."""
+    """Rows of the dataset as dicts, their pictures undecoded; hidden files are no part of it."""
     path = Path(args.dataset)
     files = [path]
     if not path.is_file():
         pattern = f"{glob.escape(args.dataset)}/**"
-        files = [Path(file) for file in sorted(glob.glob(pattern, recursive=True))]
-    shards = [file for file in files if file.suffix == ".tar"]
-    pictures = [file for file in files if file.suffix.lower() in Image.registered_extensions()]
-    captioned = [file for file in pictures if file.with_suffix(".txt").is_file()]
+        files = [Path(file) for file in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(file)]
+    shards = [file for file in files if file.suffix.lower() == ".tar"]
+    tables = [file for file in files if file.suffix.lower() == ".parquet"]
+    pictures = [file for file in files if file.suffix.lower() in (*PICTURE_ENDINGS, *UNREAD)]
+    captions = find_captions(files)
+    is_described = any(file.name in METADATA for file in files)
+    is_captioned = any(caption_beside(picture, captions) for picture in pictures)
 
-    name = args.dataset
-    options = {}
-    if path.is_dir() and any(file.name.startswith("metadata.") for file in files):
-        name = "imagefolder"
-        options = {"data_dir": args.dataset}
+    rows = None
+    if path.is_dir() and is_described:
+        rows = read_folder(files, args)
     elif shards:  # img2dataset leaves tables beside them, which hold no pictures
-        return read_shards(shards, args), []
-    elif captioned:
-        return map(read_captioned, captioned), []
-    elif path.is_file() and path.suffix == ".parquet":
-        name = "parquet"
-        options = {"data_files": {args.split: args.dataset}}
+        rows = read_shards(shards, args)
+    elif is_captioned:
+        rows = read_folder(files, args)
+    elif tables:
+        rows = itertools.chain.from_iterable(map(read_parquet, tables))
     elif path.is_file():
         raise ValueError("give a .parquet or a webdataset .tar file, or a folder")
+    elif pictures:
+        rows = read_folder(files, args)
+    if rows:
+        if args.split != "train":
+            raise ValueError(f"--split {args.split} is for datasets on the hub; name the file or folder that you want")
+        return rows
 
     import datasets  # takes seconds, and other sources do not need it
 
     datasets.disable_progress_bars()
-    rows = datasets.load_dataset(name, **options, split=args.split, streaming=True)
-    features = rows.features or {}
-    image_columns = [column for column, kind in features.items() if isinstance(kind, datasets.Image)]
-    for column in image_columns:
-        rows = rows.cast_column(column, datasets.Image(decode=False))
-    return rows, image_columns
-
-
-def read_captioned(file):
-    """Row of a picture that has a .txt beside it."""
-    return {"image": str(file), "text": file.with_suffix(".txt").read_text("utf-8", "replace")}
+    rows = datasets.load_dataset(args.dataset, split=args.split, streaming=True)
+    for column, kind in (rows.features or {}).items():
+        if isinstance(kind, datasets.Image):
+            rows = rows.cast_column(column, datasets.Image(decode=False))
+    return rows
 
 
 def first_value(row, columns):
@@ -649,36 +753,63 @@ def class_pattern(class_prompt):
     return re.compile(rf"(?<!\w)(?:{pattern})(?!\w)")
 
 
+def caption_columns(args):
+    """Columns in which captions are looked for."""
+    return [args.caption_column] if args.caption_column else CAPTION_COLUMNS
+
+
+def captions_of(value):
+    """Captions in a value of a dataset: text, or its bytes, a dict that has some, or a list of these."""
+    if isinstance(value, bytes):
+        value = decode(value)
+    if isinstance(value, str):
+        return [one_line(value)]
+    if isinstance(value, dict):
+        return captions_of(first_value(value, CAPTION_COLUMNS))
+    if isinstance(value, list):
+        return [caption for part in value for caption in captions_of(part)]
+    return []
+
+
 def read_dataset(args):
-    """Rows of a dataset whose caption mentions the class, in its order."""
+    """Rows of a dataset of which a caption mentions the class, in its order."""
     mention = class_pattern(args.class_prompt)
+    reasons = Counter()
     try:
-        rows, typed_columns = open_dataset(args)
-        image_columns = [args.image_column] if args.image_column else [*typed_columns, *IMAGE_COLUMNS]
-        caption_columns = [args.caption_column] if args.caption_column else CAPTION_COLUMNS
-        for number, row in enumerate(rows):
-            usable = row.keys() & set(image_columns) and row.keys() & set(caption_columns)
+        number = -1
+        for number, row in enumerate(open_dataset(args)):
+            # So a picture looks that is stored in a table.
+            stored = [column for column, value in row.items() if isinstance(value, dict) and "bytes" in value]
+            image_columns = [args.image_column] if args.image_column else [*stored, *IMAGE_COLUMNS]
+            usable = row.keys() & set(image_columns) and row.keys() & set(caption_columns(args))
             if number == 0 and not usable:
-                columns = ", ".join(row)
+                columns = ", ".join(map(str, row))
                 raise ValueError(f"its columns are {columns}; choose with --image_column and --caption_column")
 
             picture = first_value(row, image_columns)
-            if isinstance(picture, dict):  # so `datasets` gives pictures that it has not decoded
+            if isinstance(picture, dict):
                 picture = picture.get("bytes") or picture.get("path")
-            caption = first_value(row, caption_columns)
-            if isinstance(caption, bytes):
-                caption = caption.decode("utf-8", "replace")
-            if isinstance(caption, dict):  # img2dataset has captions in a .json
-                caption = caption.get("caption")
-            caption = one_line(caption)
-            if not mention.search(caption.casefold()) or not isinstance(picture, (bytes, str)):
-                continue
-
-            entry = row | {"text": caption}
-            if isinstance(picture, str) and picture.startswith(("http://", "https://")):
-                entry["url"] = picture
-                picture = None
-            yield f"{args.dataset}#{number}", entry, picture
+            value = first_value(row, caption_columns(args))
+            captions = captions_of(value)
+            mentioning = [caption for caption in captions if mention.search(caption.casefold())]
+            if value is None:
+                reasons["without a caption"] += 1
+            elif not captions:
+                reasons[f"whose caption is of the kind {type(value).__name__}"] += 1
+            elif not mentioning:
+                reasons[f"whose caption does not mention {one_line(args.class_prompt)}"] += 1
+            elif not isinstance(picture, (bytes, str, Path)):
+                reasons["without a picture"] += 1
+            else:
+                reasons["taken"] += 1
+                entry = row | {"text": mentioning[0]}
+                if isinstance(picture, str) and picture.startswith(("http://", "https://")):
+                    entry["url"] = picture
+                    picture = None
+                yield f"{args.dataset}#{number}", entry, picture
+        if not reasons["taken"]:
+            counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
+            raise ValueError(f"none of its {number + 1} rows is of use: {counts}")
     except ImportError as error:  # datasets may be there, but not what it needs
         raise RetrieveError(f"--dataset: {one_line(str(error))}; pip install -r requirements.txt") from error
     except Exception as error:  # the readers of so many formats raise anything
@@ -796,9 +927,13 @@ def publish(folder, unfinished, pictures, new):
 
 def read_file(name, args):
     """Content of a file that a dataset names: a local one, one in an archive, or one on the hub."""
-    import fsspec  # only --dataset needs it
-
     try:
+        if Path(name).is_file():
+            with open(name, "rb") as file:
+                return file.read(args.max_bytes + 1)
+
+        import fsspec  # only some datasets need it
+
         address = name.rpartition("::")[2].removeprefix("hf://")
         if "://" in address:
             raise ValueError("neither a local file nor one on the hub")
@@ -813,7 +948,7 @@ def obtain(record, picture, unfinished, args, get=fetch):
 
     The file is named by a hash of its origin and by the digest, so a run that is started again needs no other record.
     """
-    if isinstance(picture, str):
+    if isinstance(picture, (str, Path)):
         picture = read_file(picture, args)
     origin = record["url"].encode() if picture is None else picture
     name = hashlib.sha256(b"%d %b" % (args.min_size, origin)).hexdigest()
