@@ -155,7 +155,13 @@ def is_allowed(host, address):
 def connect(host, port, args, deadline, guarded):
     """Opens a socket to a host, if `guarded` only at an address of the public internet. Raises OSError, `Failure`."""
     error = Failure("private address")
-    for *_, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+    counts = Counter()
+    addresses = []
+    for family, *_, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        addresses.append((counts[family], address))
+        counts[family] += 1
+    # IPv4 and IPv6 take turns, because one of them may lead nowhere. Sorting keeps the order of each.
+    for _, address in sorted(addresses, key=lambda pair: pair[0]):
         # The address is checked and connected to, not the name, which may have another one a moment later.
         if guarded and not is_allowed(host, address[0]):
             continue
@@ -208,6 +214,8 @@ def tls_settings(*bundles):
     tls = ssl.create_default_context(cafile=certifi.where())
     tls.load_default_certs()  # SSL_CERT_FILE and SSL_CERT_DIR among them
     tls.set_alpn_protocols(["http/1.1"])
+    # The certificates of many companies lack what Python has asked for since 3.13.
+    tls.verify_flags &= ~ssl.VERIFY_X509_STRICT
     for bundle in filter(None, bundles):
         kind = "capath" if os.path.isdir(bundle) else "cafile"
         try:
@@ -270,12 +278,28 @@ def make_connection(parts, proxy, headers):
     return connection
 
 
+def split_url(url):
+    """Parts of a URL, the host in the letters that name servers take. Raises LocationParseError."""
+    parts = urllib3.util.parse_url(url)
+    host = parts.host or ""
+    if "%" in host and "[" not in host:  # a name in another script that was encoded with the rest of the URL
+        parts = parts._replace(host=urllib3.util.parse_url(f"//{urllib.parse.unquote(host)}").host)
+    return parts
+
+
+def host_of(url):
+    """Host of a URL; None if it has none."""
+    with contextlib.suppress(urllib3.exceptions.LocationParseError):
+        return split_url(url).host
+    return None
+
+
 def request(url, args, picture, deadline, body, headers):
     """Sends one request, a POST if it has a body. Returns the content and the url, or None and where a redirect leads.
 
     Only a picture's redirects are followed: a search service that has moved is an error.
     """
-    parts = urllib3.util.parse_url(url)
+    parts = split_url(url)
     if parts.scheme not in PORTS or not parts.host:
         raise ValueError(f"not an http(s) URL: {url}")
     target = parts.request_uri
@@ -317,6 +341,8 @@ def request(url, args, picture, deadline, body, headers):
     if time.monotonic() >= deadline:
         raise TimeoutError
     if location:
+        # Servers send such letters as bytes, one character each here, where a URL has %C3%A9.
+        location = re.sub(r"[^\x00-\x7f]", lambda byte: urllib.parse.quote(byte[0], encoding="latin-1"), location)
         url = urllib.parse.urljoin(url, location)
     return content, url
 
@@ -332,13 +358,6 @@ def explain(error, deadline):
     if isinstance(error, ValueError):
         return Failure("not an http(s) URL")
     return Failure("connection failed", retry_after=0)
-
-
-def host_of(url):
-    """Host of a URL; None if it has none."""
-    with contextlib.suppress(urllib3.exceptions.LocationParseError):
-        return urllib3.util.parse_url(url).host
-    return None
 
 
 def exchange(url, args, picture, patient, deadline, body, headers):
@@ -575,24 +594,26 @@ def search_openverse(args):
         raise RetrieveError(f"--openverse_url {args.openverse_url}: found no pictures")
 
 
-def read_shards(shards, args):
-    """Rows of webdataset shards: the files of a .tar whose names agree up to their first dot, by their endings."""
+def read_shard(shard, args):
+    """Rows of a webdataset shard: the files of a .tar whose names agree up to their first dot, by their endings."""
     name_parts = re.compile(r"(?P<stem>(?:.*/)?[^./]+)\..*?(?P<ending>\w+)")
-    for shard in shards:
-        with tarfile.open(shard) as tar:
-            stem = None
-            row = {}
+    rows = {}  # by the stem; other tools than webdataset's own do not write the files of a row side by side
+    problem = None
+    with tarfile.open(shard) as tar:
+        try:
             for member in tar:
                 parts = name_parts.fullmatch(member.name)
-                if not member.isfile() or not parts:
-                    continue
-                if parts["stem"] != stem and row:
-                    yield with_json(row)
-                    row = {}
-                stem = parts["stem"]
-                row[parts["ending"].lower()] = tar.extractfile(member).read(args.max_bytes + 1)
-            if row:
-                yield with_json(row)
+                if member.isfile() and parts:
+                    rows.setdefault(parts["stem"], {})[parts["ending"].lower()] = member
+        except tarfile.ReadError as error:  # what comes before the place where a shard is cut off can be used
+            problem = error
+        for members in rows.values():
+            contents = {}
+            for ending, member in members.items():
+                contents[ending] = tar.extractfile(member).read(args.max_bytes + 1)
+            yield with_json(contents)
+    if problem:
+        raise problem
 
 
 def with_json(row):
@@ -606,6 +627,17 @@ def decode(content):
     """Text of a file: UTF-8, or UTF-16 with its mark, as Windows writes it."""
     is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     return content.decode("utf-16" if is_utf16 else "utf-8-sig", "replace")
+
+
+def read_each(files, reader):
+    """Rows of several files. One that is broken, which an interrupted download leaves, does not stop the others."""
+    for file in files:
+        try:
+            yield from reader(file)
+        except Exception as error:  # the readers raise many kinds
+            if len(files) == 1:
+                raise
+            tqdm.write(f"{file}: {one_line(str(error) or repr(error))}; going on with the next")
 
 
 def read_parquet(file):
@@ -624,7 +656,9 @@ def read_metadata(file):
         return read_parquet(file)
     text = decode(file.read_bytes())
     if file.suffix == ".csv":
-        return csv.DictReader(io.StringIO(text, newline=""))
+        # Spreadsheets write semicolons where the comma is part of numbers.
+        delimiter = max(",;\t", key=text.partition("\n")[0].count)
+        return csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
     rows = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -666,7 +700,10 @@ def read_folder(files, args):
                 named = [value for column, value in row.items() if str(column).endswith("file_name") and value]
                 if not named:
                     raise ValueError(f"{name} has a row without file_name")
-                rows.setdefault(file.parent / named[0], row)
+                picture = file.parent / named[0]
+                if "\\" in named[0] and not picture.is_file():  # written on Windows
+                    picture = file.parent / named[0].replace("\\", "/")
+                rows.setdefault(picture, row)
 
     captions = find_captions(files)
     left_out = Counter()
@@ -716,11 +753,11 @@ def open_dataset(args):
     if path.is_dir() and is_described:
         rows = read_folder(files, args)
     elif shards:  # img2dataset leaves tables beside them, which hold no pictures
-        rows = read_shards(shards, args)
+        rows = read_each(shards, functools.partial(read_shard, args=args))
     elif is_captioned:
         rows = read_folder(files, args)
     elif tables:
-        rows = itertools.chain.from_iterable(map(read_parquet, tables))
+        rows = read_each(tables, read_parquet)
     elif path.is_file():
         raise ValueError("give a .parquet or a webdataset .tar file, or a folder")
     elif pictures:

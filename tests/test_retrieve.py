@@ -665,6 +665,62 @@ def add_to_tar(tar, files):
         tar.addfile(info, io.BytesIO(content))
 
 
+def test_shard_whose_files_are_not_side_by_side(tmp_path, offline):
+    """As tar packs a folder: in the order of the disk."""
+    captions = ["cat 0", "a dog", "cat 2", "cat 3"]
+    files = {f"x/{number}.jpg": picture_bytes(number) for number in range(4)}
+    for number in (2, 0, 3, 1):
+        files[f"x/{number}.txt"] = captions[number].encode()
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        add_to_tar(tar, files)
+    assert retrieve("cat", tmp_path / "cat", 9, dataset=str(tmp_path / "x.tar")) == 3
+    found = read_set(tmp_path / "cat")
+    assert [row[1] for row in found] == ["cat 0", "cat 2", "cat 3"]
+    for (file, *_), seed in zip(found, (0, 2, 3), strict=True):
+        assert np.abs(np.asarray(Image.open(file), int) - np.asarray(make_picture(seed), int)).mean() < 6
+
+
+@pytest.mark.parametrize("ending", ["tar", "parquet"])
+def test_broken_files_of_a_dataset(ending, tmp_path, offline):
+    """Cut off, or empty, as an interrupted download leaves them: they are named, and the others are read."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for shard in range(4):
+        file = folder / f"0000{shard}.{ending}"
+        if ending == "tar":
+            with tarfile.open(file, "w") as tar:
+                for number in range(3 * shard, 3 * shard + 3):
+                    add_to_tar(tar, {f"{number}.txt": b"cat %d" % number, f"{number}.jpg": picture_bytes(number)})
+        else:
+            numbers = range(3 * shard, 3 * shard + 3)
+            write_table(file, [{"text": f"cat {i}", "image": {"bytes": picture_bytes(i)}} for i in numbers])
+    (folder / f"00000.{ending}").write_bytes(b"")
+    content = (folder / f"00002.{ending}").read_bytes()
+    cut = content.index(picture_bytes(7)) + 100 if ending == "tar" else len(content) // 2
+    (folder / f"00002.{ending}").write_bytes(content[:cut])
+    process = command(tmp_path / "cat", "--dataset", folder, "--num_class_images=7")
+    captions = [row[1] for row in read_set(tmp_path / "cat")]
+    before_the_cut = ["cat 6"] if ending == "tar" else []
+    assert captions == ["cat 3", "cat 4", "cat 5", *before_the_cut, "cat 9", "cat 10", "cat 11"]
+    assert process.returncode == (0 if ending == "tar" else 1) and "Traceback" not in process.stderr
+    for shard in (0, 2):
+        assert process.stdout.count(f"{folder}/0000{shard}.{ending}: ") == 1
+
+
+@pytest.mark.parametrize("form", ["semicolons", "tabs", "windows"])
+def test_metadata_of_spreadsheets(form, tmp_path, offline):
+    """Other separators between columns, and Windows' between folders."""
+    text = 'file_name,text\r\nmore/0.jpg,a cat\r\n1.jpg,"two; cats"\r\n'
+    old, new = {"semicolons": (",", ";"), "tabs": (",", "\t"), "windows": ("/", "\\")}[form]
+    text = text.replace(old, new)
+    (tmp_path / "data" / "more").mkdir(parents=True)
+    (tmp_path / "data" / "more" / "0.jpg").write_bytes(picture_bytes(0))
+    (tmp_path / "data" / "1.jpg").write_bytes(picture_bytes(1))
+    (tmp_path / "data" / "metadata.csv").write_text(text)
+    assert retrieve("cat", tmp_path / "cat", 2, dataset=str(tmp_path / "data")) == 2
+    assert [row[1] for row in read_set(tmp_path / "cat")] == ["a cat", "two; cats"]
+
+
 def test_shards_of_img2dataset(tmp_path, offline):
     """A folder of shards: their pictures in their order, with the caption of the .txt or the .json.
 

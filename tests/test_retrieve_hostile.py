@@ -196,7 +196,7 @@ def contacts(monkeypatch):
     class Watched(socket.socket):
         def connect(self, address):
             made.append(address[0])
-            if address[0] == "8.8.4.4":  # where nobody answers
+            if address[0] in ("8.8.4.4", "2606:4700::8"):  # where nobody answers
                 time.sleep(self.gettimeout())
                 raise TimeoutError
             if address[0] not in ("93.184.216.34", "127.0.0.1", "198.18.0.7"):
@@ -317,11 +317,12 @@ def test_netrc_is_not_used(web, local, tmp_path, monkeypatch):
     assert sent == [None]
 
 
-def secure_web(folder):
+def secure_web(folder, *extensions):
     """Server for https with two pictures, and the file of its certificate, which is for localhost and cats.example."""
     files = [folder / "key.pem", folder / "cert.pem"]
-    names = "subjectAltName=DNS:localhost,DNS:cats.example"
-    words = ["-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-addext", names]
+    words = ["-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"]
+    for extension in ("subjectAltName=DNS:localhost,DNS:cats.example", *extensions):
+        words += ["-addext", extension]
     run("openssl", "req", *words, "-keyout", files[0], "-out", files[1], check=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(files[1], files[0])
@@ -443,6 +444,66 @@ def test_endless_search(web, local, tmp_path):
     web.routes["/knn-service"] = route
     assert retrieve("cat", tmp_path / "cat", 3, source="clip-retrieval", **local) == 0
     assert web.asked.total() - web.asked["/knn-service"] == 60
+
+
+def test_ipv6_that_leads_nowhere(web, local, contacts, tmp_path, monkeypatch):
+    """A name with several addresses of it, and one of IPv4, which gets its turn within --timeout."""
+    monkeypatch.setitem(NAMES, "dual.example", ["2606:4700::8"] * 4 + ["93.184.216.34"])
+    web.add_pictures(1)
+    backend_answers(web, [f"http://dual.example:{web.server_port}/0.jpg"])
+    options = local | {"timeout": 1.0, "connect_timeout": 0.3, "allow_private_hosts": False}
+    assert retrieve("cat", tmp_path / "cat", 1, source="clip-retrieval", **options) == 1
+    assert [address for address in contacts if address != "127.0.0.1"] == ["2606:4700::8", "93.184.216.34"]
+
+
+def test_letters_in_addresses(web, local, contacts, tmp_path, monkeypatch):
+    """Of other scripts, in a URL, in its host (also encoded), and as bytes in a redirect, in either encoding."""
+    monkeypatch.setitem(NAMES, "xn--d1abbgf6aiiy.xn--p1ai", ["93.184.216.34"])
+    port = web.server_port
+    names = {
+        "/%ED%85%8C%20(5).jpg": f"http://public.example:{port}/테 (5).jpg",
+        "/1.jpg": f"http://президент.рф:{port}/1.jpg",
+        "/2.jpg": f"http://%D0%BF%D1%80%D0%B5%D0%B7%D0%B8%D0%B4%D0%B5%D0%BD%D1%82.%D1%80%D1%84:{port}/2.jpg",
+        "/gr%C3%B6%C3%9Fe.jpg": f"http://public.example:{port}/utf8",
+        "/gr%F6%DFe.jpg": f"http://public.example:{port}/latin1",
+    }
+    for number, path in enumerate(names):
+        web.routes[path] = picture_bytes(number)
+    for encoding in ("utf8", "latin1"):
+        location = "/größe.jpg".encode(encoding)
+        web.routes[f"/{encoding}"] = redirect_to(location)
+    backend_answers(web, list(names.values()))
+    options = local | {"allow_private_hosts": False}
+    assert retrieve("cat", tmp_path / "cat", 9, source="clip-retrieval", **options) == len(names)
+    assert [row[2] for row in read_set(tmp_path / "cat")] == list(names.values())
+
+
+def redirect_to(location):
+    return lambda handler: send(handler, b"HTTP/1.1 302 Found\r\nLocation: " + location + b"\r\n\r\n")
+
+
+def test_strict_certificates(web, tmp_path):
+    """Since Python 3.13, certificates have to name their issuer's key, which those of many companies do not."""
+    secure, certificate = secure_web(tmp_path, "authorityKeyIdentifier=none", "subjectKeyIdentifier=none")
+    backend_answers(web, [f"https://localhost:{secure.server_port}/0.jpg"])
+    (tmp_path / "sitecustomize.py").write_text(STRICT)
+    words = flags(backend_url=web.url("/knn-service"), source="clip-retrieval", num_class_images=1, retries=0)
+    env = os.environ | {"PYTHONPATH": str(tmp_path), "REQUESTS_CA_BUNDLE": str(certificate)}
+    process = command(tmp_path / "cat", *words, "--allow_private_hosts", env=env)
+    assert process.returncode == 0, process.stdout
+
+
+STRICT = """
+import ssl
+create = ssl.create_default_context
+
+def as_in_python_3_13(*words, **options):
+    context = create(*words, **options)
+    context.verify_flags |= ssl.VERIFY_X509_STRICT
+    return context
+
+ssl.create_default_context = as_in_python_3_13
+"""
 
 
 def test_stand_in_addresses(web, local, contacts, tmp_path, monkeypatch, capsys):
