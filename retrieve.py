@@ -688,41 +688,43 @@ def caption_beside(picture, captions):
     return next((captions[name] for name in names if name in captions), None)
 
 
+def read_described(files):
+    """Rows of the metadata among files, by the path of their picture."""
+    rows = {}
+    described = [file for name in METADATA for file in files if file.name == name]
+    for file in described:
+        for row in read_metadata(file):
+            # `datasets` takes columns such as image_file_name as well.
+            names = [value for column, value in row.items() if str(column).endswith("file_name") and value]
+            if not names:
+                raise ValueError(f"{file.name} has a row without file_name")
+            picture = file.parent / names[0]
+            if "\\" in names[0] and not picture.is_file():  # written on Windows
+                picture = file.parent / names[0].replace("\\", "/")
+            rows.setdefault(picture, row)
+    return rows
+
+
 def read_folder(files, args):
     """Rows of a folder's pictures: those that its metadata names, then others that have a caption beside them."""
-    rows = {}  # by the path of the picture
-    for name in METADATA:
-        for file in files:
-            if file.name != name:
-                continue
-            for row in read_metadata(file):
-                # `datasets` takes columns such as image_file_name as well.
-                named = [value for column, value in row.items() if str(column).endswith("file_name") and value]
-                if not named:
-                    raise ValueError(f"{name} has a row without file_name")
-                picture = file.parent / named[0]
-                if "\\" in named[0] and not picture.is_file():  # written on Windows
-                    picture = file.parent / named[0].replace("\\", "/")
-                rows.setdefault(picture, row)
-
+    rows = read_described(files)
     captions = find_captions(files)
-    left_out = Counter()
-    examples = {}
+    left_out = {}  # by the reason: names of pictures
     for file in files:
         ending = file.suffix.lower()
-        reason = "of a kind that is not read" if ending in UNREAD else "without a caption"
         if file in rows or ending not in (*PICTURE_ENDINGS, *UNREAD):
             continue
-        if ending in PICTURE_ENDINGS and caption_beside(file, captions):
+        if ending in UNREAD:
+            left_out.setdefault("of a kind that is not read", []).append(file.name)
+        elif caption_beside(file, captions):
             rows[file] = {}
         else:
-            left_out[reason] += 1
-            examples.setdefault(reason, file.name)
-    reasons = ", ".join(f"{count} {reason} (such as {examples[reason]})" for reason, count in left_out.items())
+            left_out.setdefault("without a caption", []).append(file.name)
+    reasons = ", ".join(f"{len(names)} {reason} (such as {names[0]})" for reason, names in left_out.items())
     if not rows:
         raise ValueError(f"no captioned pictures: {reasons}; give each a .txt file, or the folder a metadata.jsonl")
     if left_out:
-        print(f"--dataset {args.dataset}: left out {left_out.total()} pictures: {reasons}")
+        print(f"--dataset {args.dataset}: left out pictures: {reasons}")
 
     columns = caption_columns(args)
     every_column = dict.fromkeys(column for row in rows.values() for column in row)
@@ -1008,6 +1010,29 @@ def is_placeholder(copies):
     return len(addresses) >= 3
 
 
+def result(future, candidate, unfinished, args):
+    """What `obtain` returns in a `future`; candidates of hosts that limit the rate are fetched here, one at a time."""
+    try:
+        return future.result()
+    except RateLimited:
+        return obtain(*candidate, unfinished, args, fetch_patiently)
+
+
+def count_copies(found, owned):
+    """Counter of the candidates that gave a picture for nothing. Names a file of the digests `owned` that should go."""
+    failures = Counter()
+    for digest, copies in found.items():
+        if not is_placeholder(copies):
+            failures["duplicate"] += len(copies) - 1
+        elif digest in owned:
+            failures["placeholder"] += len(copies) - 1
+            name = copies[0][1].get("file_name")
+            print(f"{name} may be a placeholder: {len(copies)} addresses give this picture")
+        else:
+            failures["placeholder"] += len(copies)
+    return +failures
+
+
 def collect(pictures, unfinished, args):
     """Obtains the missing pictures; returns (file, record) pairs and a Counter of why candidates gave none."""
     found = {}  # by the digest of the pixels, in the source's order: (file, record) pairs
@@ -1034,35 +1059,24 @@ def collect(pictures, unfinished, args):
                 break
             futures = [pool.submit(obtain, *candidate, unfinished, args) for candidate in batch]
             # The results are taken in the source's order, whichever download ends first.
-            for (record, picture), future in zip(batch, futures, strict=True):
+            for candidate, future in zip(batch, futures, strict=True):
                 try:
-                    try:
-                        file, digest = future.result()
-                    except RateLimited:
-                        file, digest = obtain(record, picture, unfinished, args, fetch_patiently)
+                    file, digest = result(future, candidate, unfinished, args)
                 except Failure as failure:
                     failures[str(failure)] += 1
                     if TRACEBACK:
                         traceback.print_exception(failure)
                     continue
                 bar.update(digest not in found)
-                found.setdefault(digest, []).append((file, record | {"pixel_sha256": digest}))
+                record = candidate[0] | {"pixel_sha256": digest}
+                found.setdefault(digest, []).append((file, record))
             new = [copies[0] for digest, copies in found.items() if digest not in owned and not is_placeholder(copies)]
             bar.n = len(pictures) + len(new)
     finally:
         bar.close()
         pool.shutdown(wait=False, cancel_futures=True)
 
-    for digest, copies in found.items():
-        if not is_placeholder(copies):
-            failures["duplicate"] += len(copies) - 1
-        elif digest in owned:
-            failures["placeholder"] += len(copies) - 1
-            name = copies[0][1].get("file_name")
-            print(f"{name} may be a placeholder: {len(copies)} addresses give this picture")
-        else:
-            failures["placeholder"] += len(copies)
-    return new, +failures
+    return new, failures + count_copies(found, owned)
 
 
 LEAST = {  # of the arguments that are numbers
