@@ -317,18 +317,28 @@ def test_netrc_is_not_used(web, local, tmp_path, monkeypatch):
     assert sent == [None]
 
 
-def secure_web(folder, *extensions):
-    """Server for https with two pictures, and the file of its certificate, which is for localhost and cats.example."""
-    files = [folder / "key.pem", folder / "cert.pem"]
-    words = ["-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"]
-    for extension in ("subjectAltName=DNS:localhost,DNS:cats.example", *extensions):
-        words += ["-addext", extension]
-    run("openssl", "req", *words, "-keyout", files[0], "-out", files[1], check=True)
+def new_key(folder, name, *words):
+    """Files of a new key and of its certificate, or of a request for one, as openssl's words say."""
+    files = [folder / f"{name}.key", folder / f"{name}.pem"]
+    words = ["req", "-newkey", "rsa:2048", "-nodes", "-subj", f"/CN={name}", *words]
+    run("openssl", *words, "-keyout", files[0], "-out", files[1], check=True)
+    return files
+
+
+def start_secure_web(key, certificate):
+    """Server for https with two pictures."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(files[1], files[0])
+    context.load_cert_chain(certificate, key)
     server = Web(context=context)
     server.add_pictures(2)
-    return server, files[1]
+    return server
+
+
+def secure_web(folder):
+    """Server for https with two pictures, and the file of its certificate, which is for localhost and cats.example."""
+    names = "subjectAltName=DNS:localhost,DNS:cats.example"
+    key, certificate = new_key(folder, "localhost", "-x509", "-addext", names)
+    return start_secure_web(key, certificate), certificate
 
 
 def test_certificates(web, tmp_path):
@@ -484,11 +494,16 @@ def redirect_to(location):
 
 def test_strict_certificates(web, tmp_path):
     """Since Python 3.13, certificates have to name their issuer's key, which those of many companies do not."""
-    secure, certificate = secure_web(tmp_path, "authorityKeyIdentifier=none", "subjectKeyIdentifier=none")
+    issuer_key, issuer = new_key(tmp_path, "company", "-x509")
+    key, asked_for = new_key(tmp_path, "localhost")
+    (tmp_path / "extensions").write_text("subjectAltName=DNS:localhost\nauthorityKeyIdentifier=none\n")
+    words = ["-CA", issuer, "-CAkey", issuer_key, "-CAcreateserial", "-extfile", tmp_path / "extensions"]
+    run("openssl", "x509", "-req", "-in", asked_for, *words, "-out", tmp_path / "signed.pem", check=True)
+    secure = start_secure_web(key, tmp_path / "signed.pem")
     backend_answers(web, [f"https://localhost:{secure.server_port}/0.jpg"])
     (tmp_path / "sitecustomize.py").write_text(STRICT)
     words = flags(backend_url=web.url("/knn-service"), source="clip-retrieval", num_class_images=1, retries=0)
-    env = os.environ | {"PYTHONPATH": str(tmp_path), "REQUESTS_CA_BUNDLE": str(certificate)}
+    env = os.environ | {"PYTHONPATH": str(tmp_path), "REQUESTS_CA_BUNDLE": str(issuer)}
     process = command(tmp_path / "cat", *words, "--allow_private_hosts", env=env)
     assert process.returncode == 0, process.stdout
 
