@@ -261,15 +261,13 @@ def naming(proxy, deadline):
 
 def make_connection(parts, proxy, headers):
     """Connection of urllib3's to a host, or to the proxy that is asked for it with `headers`; without a socket yet."""
-    tls = tls_settings(os.environ.get("REQUESTS_CA_BUNDLE"), os.environ.get("CURL_CA_BUNDLE"))
     first = proxy or parts
     kind = urllib3.connection.HTTPConnection
-    options = {"port": first.port}
+    options = {"port": first.port, "proxy": proxy}
     if "https" in (parts.scheme, first.scheme):
         kind = urllib3.connection.HTTPSConnection
+        tls = tls_settings(os.environ.get("REQUESTS_CA_BUNDLE"), os.environ.get("CURL_CA_BUNDLE"))
         options["ssl_context"] = tls
-    if proxy:
-        options["proxy"] = proxy
         options["proxy_config"] = urllib3.connection.ProxyConfig(tls, False, None, None)
     connection = kind(first.host.strip("[]"), **options)
     if proxy and parts.scheme == "https":
