@@ -375,7 +375,9 @@ def exchange(url, args, picture, patient, deadline, body, headers):
                 return content
     except RateLimited as limited:
         if limited.status:
-            args.free_at[host] = time.monotonic() + max(limited.pause or 0, 0.5)
+            free_at = time.monotonic() + max(limited.pause or 0, 0.5)
+            # Of several answers that were on their way, the one with the longest pause counts.
+            args.free_at[host] = max(free_at, args.free_at.get(host, 0))
         raise
     except (OSError, ValueError, urllib3.connection.HTTPException, urllib3.exceptions.HTTPError) as error:
         raise explain(error, deadline) from error

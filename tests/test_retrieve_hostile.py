@@ -735,6 +735,28 @@ def test_host_that_names_a_time(web, local, tmp_path):
     assert [moment for moment, _ in limit.times if start + 0.5 < moment < start + 1.9] == []
 
 
+def test_longest_pause_counts(web, local, tmp_path):
+    """Two answers were on their way, and the later one does not say how long."""
+    urls = web.add_pictures(2)
+    web.add_backend(urls)
+    pictures = [web.routes[f"/{number}.jpg"] for number in range(2)]
+    times = []
+
+    def answer(number, delay, headers):
+        def route(handler):
+            times.append(time.monotonic())
+            if len(times) > 2:
+                return handler.answer(pictures[number])
+            time.sleep(delay)
+            return handler.answer(b"", 429, headers)
+
+        return route
+
+    web.routes |= {"/0.jpg": answer(0, 0.4, {}), "/1.jpg": answer(1, 0, {"Retry-After": "2"})}
+    assert retrieve("cat", tmp_path / "cat", 2, source="clip-retrieval", **local) == 2
+    assert len(times) == 4 and times[2] - times[1] > 1.9
+
+
 @pytest.mark.parametrize("redirected", [False, True])
 def test_other_hosts_do_not_wait(redirected, web, local, tmp_path):
     """While a host has its pause, the pictures of another come, also where redirects lead to the first."""
