@@ -12,7 +12,10 @@ run, the command. docs/class-pictures.md describes the sources and the folder.
 
 import argparse
 import base64
+import codecs
 import contextlib
+import csv
+import functools
 import glob
 import hashlib
 import io
@@ -31,6 +34,7 @@ import threading
 import time
 import traceback
 import urllib.parse
+import urllib.request
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -50,6 +54,8 @@ except ImportError as error:
 HEADERS = {"User-Agent": "CustomDiffusion-retrieve/1.0 (+https://arxiv.org/abs/2212.04488)"}
 PASSING_STATUSES = (408, 425, 429, 500, 502, 503, 504)
 MAX_REDIRECTS = 5
+# So many seconds are spent on a host that limits the rate of requests and gives nothing.
+MAX_PATIENCE = 120
 # A search service may take longer than a picture, retries included, and its answer may be larger.
 MAX_SEARCH_SECONDS = 120
 MAX_ANSWER_BYTES = 200_000_000
@@ -63,22 +69,27 @@ BATCH = 16  # candidates that a worker is given at a time
 KEPT = ("text", "url", "license", "license_url", "creator", "attribution")
 # Each list holds one key of metadata.jsonl. The last one says which pictures are there.
 LISTS = {"caption.txt": "text", "urls.txt": "url", "images.txt": "file_name"}
-CAPTION_COLUMNS = ("text", "caption", "txt", "TEXT", "prompt", "json")
+CAPTION_COLUMNS = ("text", "caption", "captions", "txt", "TEXT", "prompt", "sentences", "raw", "json")
+CAPTION_ENDINGS = (".txt", ".caption")
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+PICTURE_ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+# Pictures that nothing here reads, to be named when they are left out.
+UNREAD = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".psd", ".svg", ".tga", ".dng", ".cr2", ".cr3", ".nef", ".arw")
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "url", "URL")
 PLURALS = {"person": "people", "man": "men", "woman": "women", "child": "children", "sheep": "sheep", "fish": "fish"}
 # If it is set, the traceback behind a one-line message is shown.
 TRACEBACK = os.environ.get("CUSTOM_DIFFUSION_TRACEBACK")
 # A decoded picture can take several hundred megabytes, so two are decoded at a time.
 DECODERS = threading.BoundedSemaphore(2)
-CONNECTIONS = {"http": urllib3.connection.HTTPConnection, "https": urllib3.connection.HTTPSConnection}
-# Slim containers have no certificates of their own, and companies add theirs to the system's.
-TLS = ssl.create_default_context(cafile=certifi.where())
-TLS.load_default_certs()
-TLS.set_alpn_protocols(["http/1.1"])
+PORTS = {"http": 80, "https": 443}
 
 
 class RetrieveError(Exception):
     """What stopped the run, or a source, in one line that says what to do."""
+
+    def __init__(self, problem, advice=None):
+        super().__init__(f"{problem}; {advice}" if advice else problem)
+        self.has_advice = advice is not None
 
 
 class Failure(Exception):
@@ -87,6 +98,18 @@ class Failure(Exception):
     def __init__(self, kind, retry_after=None):
         super().__init__(kind)
         self.retry_after = retry_after
+
+
+class RateLimited(Failure):
+    """A host wants fewer requests. It answered with `status` (None: it was not asked) and wants a `pause` in seconds.
+
+    `pause` is None if the host does not say. Then a status of 503 may be about the one address.
+    """
+
+    def __init__(self, status, pause):
+        super().__init__("HTTP 503" if status == 503 and pause is None else "rate limited")
+        self.status = status
+        self.pause = pause
 
 
 def one_line(text):
@@ -112,15 +135,35 @@ def is_public(address):
     return ip.is_global and not ip.is_multicast
 
 
-def connect(host, port, args, deadline, picture):
-    """Opens a socket to a host, for a picture only at an address of the public internet. Raises OSError, `Failure`.
+def literal_address(host):
+    """IP address that a host is written as, in its usual spelling (127.0.0.1 for 127.1); "" if the host is a name."""
+    if ":" in host:
+        return host
+    try:
+        return socket.inet_ntoa(socket.inet_aton(host))
+    except OSError:
+        return ""
 
-    Which search service is asked is the user's choice, so its address may be any.
-    """
+
+def is_allowed(host, address):
+    """Whether pictures may come from this address of a host."""
+    # VPN programs answer every name with an address of this network, and carry what is sent there to the real host.
+    is_stand_in = ipaddress.ip_address(address.partition("%")[0]) in ipaddress.ip_network("198.18.0.0/15")
+    return is_public(address) or (is_stand_in and not literal_address(host))
+
+
+def connect(host, port, args, deadline, guarded):
+    """Opens a socket to a host, if `guarded` only at an address of the public internet. Raises OSError, `Failure`."""
     error = Failure("private address")
-    for *_, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+    counts = Counter()
+    addresses = []
+    for family, *_, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        addresses.append((counts[family], address))
+        counts[family] += 1
+    # IPv4 and IPv6 take turns, because one of them may lead nowhere. Sorting keeps the order of each.
+    for _, address in sorted(addresses, key=lambda pair: pair[0]):
         # The address is checked and connected to, not the name, which may have another one a moment later.
-        if picture and not args.allow_private_hosts and not is_public(address[0]):
+        if guarded and not is_allowed(host, address[0]):
             continue
         try:
             left = max(deadline - time.monotonic(), 0.001)
@@ -130,12 +173,20 @@ def connect(host, port, args, deadline, picture):
     raise error
 
 
+def retry_after(response):
+    """Seconds that a response asks to wait, or None."""
+    with contextlib.suppress(urllib3.exceptions.InvalidHeader):
+        return urllib3.Retry().get_retry_after(response)
+    return None
+
+
 def read_content(response, args, picture):
     """Decoded body of a response. Fails if it is too large, is not a picture, or must not be used for training."""
+    if response.status in (429, 503):
+        raise RateLimited(response.status, retry_after(response))
     if response.status != 200:
         may_pass = response.status in PASSING_STATUSES
-        retry_after = urllib3.Retry().get_retry_after(response) or 0
-        raise Failure(f"HTTP {response.status}", retry_after if may_pass else None)
+        raise Failure(f"HTTP {response.status}", (retry_after(response) or 0) if may_pass else None)
     if picture:
         for tag in response.headers.getlist("X-Robots-Tag"):
             if re.search(r"\bno(image)?ai\b", tag, re.IGNORECASE):
@@ -156,29 +207,129 @@ def read_content(response, args, picture):
     return bytes(content)
 
 
+@functools.lru_cache
+def tls_settings(*bundles):
+    """TLS settings that trust the usual certificates, and those in files or folders (None: no such file)."""
+    # Slim containers have no certificates of their own, and companies add theirs to the system's.
+    tls = ssl.create_default_context(cafile=certifi.where())
+    tls.load_default_certs()  # SSL_CERT_FILE and SSL_CERT_DIR among them
+    tls.set_alpn_protocols(["http/1.1"])
+    # The certificates of many companies lack what Python has asked for since 3.13.
+    tls.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    for bundle in filter(None, bundles):
+        kind = "capath" if os.path.isdir(bundle) else "cafile"
+        try:
+            tls.load_verify_locations(**{kind: bundle})
+        except OSError as error:
+            raise RetrieveError(f"REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE {bundle}: {error}", "correct it") from error
+    return tls
+
+
+def find_proxy(parts):
+    """Address of the proxy that the environment names for a host; None if the host is asked directly."""
+    proxies = urllib.request.getproxies()
+    address = proxies.get(parts.scheme) or proxies.get("all")
+    host = parts.host.strip("[]")
+    literal = literal_address(host)
+    # A proxy outside can't reach these, and one inside must not be led there by the address of a picture.
+    is_local = re.search(r"(^|\.)localhost$", host) or (literal and not is_public(literal))
+    if not address or is_local or urllib.request.proxy_bypass(parts.netloc):
+        return None
+    if "://" not in address:
+        address = f"http://{address}"
+    with contextlib.suppress(urllib3.exceptions.LocationParseError):
+        proxy = urllib3.util.parse_url(address)
+        if proxy.scheme in PORTS and proxy.host:
+            return proxy._replace(port=proxy.port or PORTS[proxy.scheme])
+    scheme = one_line(address).partition("://")[0]
+    raise Failure(f"the proxy is no http://host:port but {scheme}://…: set HTTPS_PROXY and HTTP_PROXY")
+
+
+@contextlib.contextmanager
+def naming(proxy, deadline):
+    """Names the proxy, if there is one, as the cause of an error on the way through it."""
+    try:
+        yield
+    except OSError as error:
+        if not proxy or isinstance(error, ssl.SSLError):
+            raise
+        failure = explain(error, deadline)
+        if refused := re.match(r"Tunnel connection failed: (\d+)", str(error)):
+            failure = Failure(f"HTTP {refused[1]}")
+        raise Failure(f"proxy {proxy.netloc}: {failure}", failure.retry_after) from error
+
+
+def make_connection(parts, proxy, headers):
+    """Connection of urllib3's to a host, or to the proxy that is asked for it with `headers`; without a socket yet."""
+    first = proxy or parts
+    kind = urllib3.connection.HTTPConnection
+    options = {"port": first.port, "proxy": proxy}
+    if "https" in (parts.scheme, first.scheme):
+        kind = urllib3.connection.HTTPSConnection
+        tls = tls_settings(os.environ.get("REQUESTS_CA_BUNDLE"), os.environ.get("CURL_CA_BUNDLE"))
+        options["ssl_context"] = tls
+        options["proxy_config"] = urllib3.connection.ProxyConfig(tls, False, None, None)
+    connection = kind(first.host.strip("[]"), **options)
+    if proxy and parts.scheme == "https":
+        port = parts.port or PORTS["https"]
+        connection.set_tunnel(parts.host.strip("[]"), port, headers, proxy.scheme)
+    return connection
+
+
+def split_url(url):
+    """Parts of a URL, the host in the letters that name servers take. Raises LocationParseError."""
+    parts = urllib3.util.parse_url(url)
+    host = parts.host or ""
+    if "%" in host and "[" not in host:  # a name in another script that was encoded with the rest of the URL
+        parts = parts._replace(host=urllib3.util.parse_url(f"//{urllib.parse.unquote(host)}").host)
+    return parts
+
+
+def host_of(url):
+    """Host of a URL; None if it has none."""
+    with contextlib.suppress(urllib3.exceptions.LocationParseError):
+        return split_url(url).host
+    return None
+
+
 def request(url, args, picture, deadline, body, headers):
     """Sends one request, a POST if it has a body. Returns the content and the url, or None and where a redirect leads.
 
     Only a picture's redirects are followed: a search service that has moved is an error.
     """
-    parts = urllib3.util.parse_url(url)
-    if parts.scheme not in CONNECTIONS or not parts.host:
+    parts = split_url(url)
+    if parts.scheme not in PORTS or not parts.host:
         raise ValueError(f"not an http(s) URL: {url}")
-    connection = CONNECTIONS[parts.scheme](parts.host.strip("[]"), parts.port, timeout=args.timeout)
-    host = connection.host
-    with connect(host, connection.port, args, deadline, picture) as sock, sock.dup() as line:
+    target = parts.request_uri
+    proxy = find_proxy(parts)
+    proxy_headers = {}
+    if proxy and proxy.auth:
+        password = base64.b64encode(urllib.parse.unquote(proxy.auth).encode())
+        proxy_headers["Proxy-Authorization"] = f"Basic {password.decode()}"
+    if proxy and parts.scheme == "http":
+        target = parts._replace(auth=None, fragment=None).url
+        headers = headers | proxy_headers
+
+    connection = make_connection(parts, proxy, proxy_headers)
+    connection.timeout = args.timeout
+    # A proxy resolves the names itself. Which search service is asked is the user's choice, so its address may be any.
+    guarded = picture and not proxy and not args.allow_private_hosts
+    with naming(proxy, deadline):
+        opened = connect(connection.host, connection.port, args, deadline, guarded)
+    with opened as sock, sock.dup() as line:
         # urllib3's timeouts are per read, and a server that drips bytes never reaches them.
         hang_up = threading.Timer(deadline - time.monotonic(), line.shutdown, [socket.SHUT_RDWR])
         hang_up.start()
         try:
-            # A connection that has a socket opens none, so the address that was checked is the one that is asked.
-            if parts.scheme == "https":
-                connection.sock = TLS.wrap_socket(sock, server_hostname=host)
-            else:
-                connection.sock = sock
+            # The connection opens no socket of its own, so the address that was checked is the one that is asked.
+            connection._new_conn = lambda: sock
+            with naming(proxy, deadline):
+                connection.connect()
             method = "POST" if body else "GET"
-            connection.request(method, parts.request_uri, body, HEADERS | headers, preload_content=False)
+            connection.request(method, target, body, HEADERS | headers, preload_content=False)
             with connection.getresponse() as response:
+                if proxy and response.status == 407:
+                    raise Failure(f"proxy {proxy.netloc}: HTTP 407")
                 location = picture and response.get_redirect_location()
                 content = None if location else read_content(response, args, picture)
         finally:
@@ -188,6 +339,8 @@ def request(url, args, picture, deadline, body, headers):
     if time.monotonic() >= deadline:
         raise TimeoutError
     if location:
+        # Servers send such letters as bytes, one character each here, where a URL has %C3%A9.
+        location = re.sub(r"[^\x00-\x7f]", lambda byte: urllib.parse.quote(byte[0], encoding="latin-1"), location)
         url = urllib.parse.urljoin(url, location)
     return content, url
 
@@ -205,26 +358,40 @@ def explain(error, deadline):
     return Failure("connection failed", retry_after=0)
 
 
-def exchange(url, args, picture, deadline, body, headers):
-    """Sends a request and follows redirects; returns the content. Raises `Failure`."""
+def exchange(url, args, picture, patient, deadline, body, headers):
+    """Sends a request and follows redirects; returns the content. Raises `Failure`.
+
+    A host that has limited the rate is asked only in the `patient` way, and not before the time that it named.
+    """
     try:
         for _ in range(MAX_REDIRECTS + 1):
+            host = host_of(url)
+            if host in args.free_at:
+                pause = args.free_at[host] - time.monotonic()
+                if pause > 0 or not patient:
+                    raise RateLimited(None, pause)
             content, url = request(url, args, picture, deadline, body, headers)
             if content is not None:
                 return content
+    except RateLimited as limited:
+        if limited.status:
+            free_at = time.monotonic() + max(limited.pause or 0, 0.5)
+            # Of several answers that were on their way, the one with the longest pause counts.
+            args.free_at[host] = max(free_at, args.free_at.get(host, 0))
+        raise
     except (OSError, ValueError, urllib3.connection.HTTPException, urllib3.exceptions.HTTPError) as error:
         raise explain(error, deadline) from error
     raise Failure("too many redirects")
 
 
-def fetch(url, args, picture, body=None, headers=None):
+def fetch(url, args, picture, patient=False, body=None, headers=None):
     """Content behind the URL of a picture, or of a search. Retries temporary faults. Raises `Failure`."""
     end = time.monotonic() + (args.timeout if picture else MAX_SEARCH_SECONDS)
     attempt = 0
     while True:
         deadline = min(end, time.monotonic() + args.timeout)
         try:
-            return exchange(url, args, picture, deadline, body, headers or {})
+            return exchange(url, args, picture, patient, deadline, body, headers or {})
         except Failure as failure:
             if failure.retry_after is None or attempt == args.retries:
                 raise
@@ -233,6 +400,32 @@ def fetch(url, args, picture, body=None, headers=None):
                 raise
         time.sleep(pause)
         attempt += 1
+
+
+def fetch_patiently(url, args, picture, body=None, headers=None):
+    """As `fetch`, but waits for hosts that limit the rate. Only one thread does so: they get one request at a time."""
+    host = host_of(url)
+    start = time.monotonic() - args.lost[host]
+    attempt = 0
+    while args.lost[host] < MAX_PATIENCE:
+        try:
+            content = fetch(url, args, picture, True, body, headers)
+            args.lost[host] = 0
+            return content
+        except RateLimited as limited:
+            args.lost[host] = time.monotonic() - start
+            pause = max(limited.pause or 0, 0.5 * 2**attempt)
+            is_last = limited.status == 503 and limited.pause is None and attempt >= args.retries
+            if is_last or args.lost[host] + pause > MAX_PATIENCE:
+                raise
+            attempt += limited.status is not None
+        except Failure:
+            args.lost[host] = time.monotonic() - start
+            raise
+        if pause > 5:
+            tqdm.write(f"{host} limits how often it is asked: waiting {pause:.0f} s")
+        time.sleep(pause)
+    raise Failure("rate limited")
 
 
 # ---------- Pictures --------------------------------------------------------------------------------------------
@@ -314,7 +507,7 @@ def plural(phrase):
 def ask(url, flag, args, body=None, headers=None):
     """Results with a picture that a search service answers, and how many pages it has; `flag` names it in errors."""
     try:
-        content = fetch(url, args, picture=False, body=body, headers=headers)
+        content = fetch_patiently(url, args, picture=False, body=body, headers=headers)
         answer = json.loads(content)
         results = answer
         pages = 1
@@ -370,7 +563,9 @@ def search_openverse(args):
     headers = {}
     page_size = 20
     pause = 1  # the rate in seconds that is allowed without a token
-    if token := os.environ.get("OPENVERSE_TOKEN"):
+    # Line breaks and quotation marks of a text program, pasted with a token, can't be sent.
+    token = one_line(os.environ.get("OPENVERSE_TOKEN")).encode("ascii", "ignore").decode().removeprefix("Bearer ")
+    if token:
         headers = {"Authorization": f"Bearer {token}"}
         page_size = 100
         pause = 0
@@ -382,8 +577,8 @@ def search_openverse(args):
             try:
                 entries, pages = ask(f"{args.openverse_url}?{query}", "--openverse_url", args, headers=headers)
             except RetrieveError as error:
-                if token and "HTTP 401" in str(error):  # a token expires after 12 hours
-                    raise RetrieveError(f"{error}; renew or unset OPENVERSE_TOKEN") from error
+                if token and re.search("HTTP 40[13]$", str(error)):  # a token expires after 12 hours
+                    raise RetrieveError(str(error), "renew or unset OPENVERSE_TOKEN") from error
                 raise
             for entry in entries:
                 found = True
@@ -399,24 +594,26 @@ def search_openverse(args):
         raise RetrieveError(f"--openverse_url {args.openverse_url}: found no pictures")
 
 
-def read_shards(shards, args):
-    """Rows of webdataset shards: the files of a .tar whose names agree up to their first dot, by their endings."""
+def read_shard(shard, args):
+    """Rows of a webdataset shard: the files of a .tar whose names agree up to their first dot, by their endings."""
     name_parts = re.compile(r"(?P<stem>(?:.*/)?[^./]+)\..*?(?P<ending>\w+)")
-    for shard in shards:
-        with tarfile.open(shard) as tar:
-            stem = None
-            row = {}
+    rows = {}  # by the stem; other tools than webdataset's own do not write the files of a row side by side
+    problem = None
+    with tarfile.open(shard) as tar:
+        try:
             for member in tar:
                 parts = name_parts.fullmatch(member.name)
-                if not member.isfile() or not parts:
-                    continue
-                if parts["stem"] != stem and row:
-                    yield with_json(row)
-                    row = {}
-                stem = parts["stem"]
-                row[parts["ending"].lower()] = tar.extractfile(member).read(args.max_bytes + 1)
-            if row:
-                yield with_json(row)
+                if member.isfile() and parts:
+                    rows.setdefault(parts["stem"], {})[parts["ending"].lower()] = member
+        except tarfile.ReadError as error:  # what comes before the place where a shard is cut off can be used
+            problem = error
+        for members in rows.values():
+            contents = {}
+            for ending, member in members.items():
+                contents[ending] = tar.extractfile(member).read(args.max_bytes + 1)
+            yield with_json(contents)
+    if problem:
+        raise problem
 
 
 def with_json(row):
@@ -426,46 +623,160 @@ def with_json(row):
     return row
 
 
+def decode(content):
+    """Text of a file: UTF-8, or UTF-16 with its mark, as Windows writes it."""
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if is_utf16 else "utf-8-sig", "replace")
+
+
+def read_each(files, reader):
+    """Rows of several files. One that is broken, which an interrupted download leaves, does not stop the others."""
+    for file in files:
+        try:
+            yield from reader(file)
+        except Exception as error:  # the readers raise many kinds
+            if len(files) == 1:
+                raise
+            tqdm.write(f"{file}: {one_line(str(error) or repr(error))}; going on with the next")
+
+
+def read_parquet(file):
+    """Rows of a parquet file as dicts."""
+    import pyarrow.parquet  # takes time, and other sources do not need it
+
+    # A name that pyarrow opens itself may be taken for an address.
+    with open(file, "rb") as opened, pyarrow.parquet.ParquetFile(opened) as table:
+        for batch in table.iter_batches(16):  # pictures are large
+            yield from batch.to_pylist()
+
+
+def read_metadata(file):
+    """Rows of a folder's metadata, of the names and kinds that `datasets` gives it, as dicts."""
+    if file.suffix == ".parquet":
+        return read_parquet(file)
+    text = decode(file.read_bytes())
+    if file.suffix == ".csv":
+        # Spreadsheets write semicolons where the comma is part of numbers.
+        delimiter = max(",;\t", key=text.partition("\n")[0].count)
+        return csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"line {number} of {file.name} is no JSON object") from error
+    return rows
+
+
+def find_captions(files):
+    """Paths of the captions among files, each also under its path with the ending in small letters."""
+    captions = {}
+    for file in files:
+        ending = file.suffix.lower()
+        if ending in CAPTION_ENDINGS:
+            captions.setdefault(file.with_suffix(ending), file)
+            captions[file] = file
+    return captions
+
+
+def caption_beside(picture, captions):
+    """Path of a picture's caption among those that `find_captions` found, or None."""
+    names = [picture.with_suffix(ending) for ending in CAPTION_ENDINGS]
+    names += [picture.with_name(picture.name + ending) for ending in CAPTION_ENDINGS]
+    return next((captions[name] for name in names if name in captions), None)
+
+
+def read_described(files):
+    """Rows of the metadata among files, by the path of their picture."""
+    rows = {}
+    described = [file for name in METADATA for file in files if file.name == name]
+    for file in described:
+        for row in read_metadata(file):
+            # `datasets` takes columns such as image_file_name as well.
+            names = [value for column, value in row.items() if str(column).endswith("file_name") and value]
+            if not names:
+                raise ValueError(f"{file.name} has a row without file_name")
+            picture = file.parent / names[0]
+            if "\\" in names[0] and not picture.is_file():  # written on Windows
+                picture = file.parent / names[0].replace("\\", "/")
+            rows.setdefault(picture, row)
+    return rows
+
+
+def read_folder(files, args):
+    """Rows of a folder's pictures: those that its metadata names, then others that have a caption beside them."""
+    rows = read_described(files)
+    captions = find_captions(files)
+    left_out = {}  # by the reason: names of pictures
+    for file in files:
+        ending = file.suffix.lower()
+        if file in rows or ending not in (*PICTURE_ENDINGS, *UNREAD):
+            continue
+        if ending in UNREAD:
+            left_out.setdefault("of a kind that is not read", []).append(file.name)
+        elif caption_beside(file, captions):
+            rows[file] = {}
+        else:
+            left_out.setdefault("without a caption", []).append(file.name)
+    reasons = ", ".join(f"{len(names)} {reason} (such as {names[0]})" for reason, names in left_out.items())
+    if not rows:
+        raise ValueError(f"no captioned pictures: {reasons}; give each a .txt file, or the folder a metadata.jsonl")
+    if left_out:
+        print(f"--dataset {args.dataset}: left out pictures: {reasons}")
+
+    columns = caption_columns(args)
+    every_column = dict.fromkeys(column for row in rows.values() for column in row)
+    if captions:
+        every_column[columns[0]] = None
+    for picture, row in rows.items():
+        beside = caption_beside(picture, captions)
+        if beside and not first_value(row, columns):
+            row[columns[0]] = decode(beside.read_bytes())
+        yield every_column | row | {"image": picture}
+
+
 def open_dataset(args):
-    """Rows of the dataset as dicts, their pictures undecoded, and its columns of pictures; hidden files are no part."""
+    """Rows of the dataset as dicts, their pictures undecoded; hidden files are no part of it."""
     path = Path(args.dataset)
     files = [path]
     if not path.is_file():
         pattern = f"{glob.escape(args.dataset)}/**"
-        files = [Path(file) for file in sorted(glob.glob(pattern, recursive=True))]
-    shards = [file for file in files if file.suffix == ".tar"]
-    pictures = [file for file in files if file.suffix.lower() in Image.registered_extensions()]
-    captioned = [file for file in pictures if file.with_suffix(".txt").is_file()]
+        files = [Path(file) for file in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(file)]
+    shards = [file for file in files if file.suffix.lower() == ".tar"]
+    tables = [file for file in files if file.suffix.lower() == ".parquet"]
+    pictures = [file for file in files if file.suffix.lower() in (*PICTURE_ENDINGS, *UNREAD)]
+    captions = find_captions(files)
+    is_described = any(file.name in METADATA for file in files)
+    is_captioned = any(caption_beside(picture, captions) for picture in pictures)
 
-    name = args.dataset
-    options = {}
-    if path.is_dir() and any(file.name.startswith("metadata.") for file in files):
-        name = "imagefolder"
-        options = {"data_dir": args.dataset}
+    rows = None
+    if path.is_dir() and is_described:
+        rows = read_folder(files, args)
     elif shards:  # img2dataset leaves tables beside them, which hold no pictures
-        return read_shards(shards, args), []
-    elif captioned:
-        return map(read_captioned, captioned), []
-    elif path.is_file() and path.suffix == ".parquet":
-        name = "parquet"
-        options = {"data_files": {args.split: args.dataset}}
+        rows = read_each(shards, functools.partial(read_shard, args=args))
+    elif is_captioned:
+        rows = read_folder(files, args)
+    elif tables:
+        rows = read_each(tables, read_parquet)
     elif path.is_file():
         raise ValueError("give a .parquet or a webdataset .tar file, or a folder")
+    elif pictures:
+        rows = read_folder(files, args)
+    if rows:
+        if args.split != "train":
+            raise ValueError(f"--split {args.split} is for datasets on the hub; name the file or folder that you want")
+        return rows
 
     import datasets  # takes seconds, and other sources do not need it
 
     datasets.disable_progress_bars()
-    rows = datasets.load_dataset(name, **options, split=args.split, streaming=True)
-    features = rows.features or {}
-    image_columns = [column for column, kind in features.items() if isinstance(kind, datasets.Image)]
-    for column in image_columns:
-        rows = rows.cast_column(column, datasets.Image(decode=False))
-    return rows, image_columns
-
-
-def read_captioned(file):
-    """Row of a picture that has a .txt beside it."""
-    return {"image": str(file), "text": file.with_suffix(".txt").read_text("utf-8", "replace")}
+    rows = datasets.load_dataset(args.dataset, split=args.split, streaming=True)
+    for column, kind in (rows.features or {}).items():
+        if isinstance(kind, datasets.Image):
+            rows = rows.cast_column(column, datasets.Image(decode=False))
+    return rows
 
 
 def first_value(row, columns):
@@ -481,36 +792,63 @@ def class_pattern(class_prompt):
     return re.compile(rf"(?<!\w)(?:{pattern})(?!\w)")
 
 
+def caption_columns(args):
+    """Columns in which captions are looked for."""
+    return [args.caption_column] if args.caption_column else CAPTION_COLUMNS
+
+
+def captions_of(value):
+    """Captions in a value of a dataset: text, or its bytes, a dict that has some, or a list of these."""
+    if isinstance(value, bytes):
+        value = decode(value)
+    if isinstance(value, str):
+        return [one_line(value)]
+    if isinstance(value, dict):
+        return captions_of(first_value(value, CAPTION_COLUMNS))
+    if isinstance(value, list):
+        return [caption for part in value for caption in captions_of(part)]
+    return []
+
+
 def read_dataset(args):
-    """Rows of a dataset whose caption mentions the class, in its order."""
+    """Rows of a dataset of which a caption mentions the class, in its order."""
     mention = class_pattern(args.class_prompt)
+    reasons = Counter()
     try:
-        rows, typed_columns = open_dataset(args)
-        image_columns = [args.image_column] if args.image_column else [*typed_columns, *IMAGE_COLUMNS]
-        caption_columns = [args.caption_column] if args.caption_column else CAPTION_COLUMNS
-        for number, row in enumerate(rows):
-            usable = row.keys() & set(image_columns) and row.keys() & set(caption_columns)
+        number = -1
+        for number, row in enumerate(open_dataset(args)):
+            # So a picture looks that is stored in a table.
+            stored = [column for column, value in row.items() if isinstance(value, dict) and "bytes" in value]
+            image_columns = [args.image_column] if args.image_column else [*stored, *IMAGE_COLUMNS]
+            usable = row.keys() & set(image_columns) and row.keys() & set(caption_columns(args))
             if number == 0 and not usable:
-                columns = ", ".join(row)
+                columns = ", ".join(map(str, row))
                 raise ValueError(f"its columns are {columns}; choose with --image_column and --caption_column")
 
             picture = first_value(row, image_columns)
-            if isinstance(picture, dict):  # so `datasets` gives pictures that it has not decoded
+            if isinstance(picture, dict):
                 picture = picture.get("bytes") or picture.get("path")
-            caption = first_value(row, caption_columns)
-            if isinstance(caption, bytes):
-                caption = caption.decode("utf-8", "replace")
-            if isinstance(caption, dict):  # img2dataset has captions in a .json
-                caption = caption.get("caption")
-            caption = one_line(caption)
-            if not mention.search(caption.casefold()) or not isinstance(picture, (bytes, str)):
-                continue
-
-            entry = row | {"text": caption}
-            if isinstance(picture, str) and picture.startswith(("http://", "https://")):
-                entry["url"] = picture
-                picture = None
-            yield f"{args.dataset}#{number}", entry, picture
+            value = first_value(row, caption_columns(args))
+            captions = captions_of(value)
+            mentioning = [caption for caption in captions if mention.search(caption.casefold())]
+            if value is None:
+                reasons["without a caption"] += 1
+            elif not captions:
+                reasons[f"whose caption is of the kind {type(value).__name__}"] += 1
+            elif not mentioning:
+                reasons[f"whose caption does not mention {one_line(args.class_prompt)}"] += 1
+            elif not isinstance(picture, (bytes, str, Path)):
+                reasons["without a picture"] += 1
+            else:
+                reasons["taken"] += 1
+                entry = row | {"text": mentioning[0]}
+                if isinstance(picture, str) and picture.startswith(("http://", "https://")):
+                    entry["url"] = picture
+                    picture = None
+                yield f"{args.dataset}#{number}", entry, picture
+        if not reasons["taken"]:
+            counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
+            raise ValueError(f"none of its {number + 1} rows is of use: {counts}")
     except ImportError as error:  # datasets may be there, but not what it needs
         raise RetrieveError(f"--dataset: {one_line(str(error))}; pip install -r requirements.txt") from error
     except Exception as error:  # the readers of so many formats raise anything
@@ -553,8 +891,9 @@ def find_candidates(known, args):
                 tqdm.write(str(error))
                 return
             if source == sources[-1]:
-                advice = "" if args.dataset else "; give another --source"
-                raise RetrieveError(f"{error}{advice}") from error
+                if error.has_advice or args.dataset:
+                    raise
+                raise RetrieveError(str(error), "give another --source") from error
             print(f"{error}; asking Openverse instead")
 
 
@@ -627,9 +966,13 @@ def publish(folder, unfinished, pictures, new):
 
 def read_file(name, args):
     """Content of a file that a dataset names: a local one, one in an archive, or one on the hub."""
-    import fsspec  # only --dataset needs it
-
     try:
+        if Path(name).is_file():
+            with open(name, "rb") as file:
+                return file.read(args.max_bytes + 1)
+
+        import fsspec  # only some datasets need it
+
         address = name.rpartition("::")[2].removeprefix("hf://")
         if "://" in address:
             raise ValueError("neither a local file nor one on the hub")
@@ -639,12 +982,12 @@ def read_file(name, args):
         raise Failure("no such file") from error
 
 
-def obtain(record, picture, unfinished, args):
-    """Fetches and converts a candidate's picture; returns its file in `unfinished` and a digest of its pixels.
+def obtain(record, picture, unfinished, args, get=fetch):
+    """Gets and converts a candidate's picture; returns its file in `unfinished` and a digest of its pixels.
 
     The file is named by a hash of its origin and by the digest, so a run that is started again needs no other record.
     """
-    if isinstance(picture, str):
+    if isinstance(picture, (str, Path)):
         picture = read_file(picture, args)
     origin = record["url"].encode() if picture is None else picture
     name = hashlib.sha256(b"%d %b" % (args.min_size, origin)).hexdigest()
@@ -652,18 +995,52 @@ def obtain(record, picture, unfinished, args):
     if earlier:
         return earlier, earlier.name.split(".")[1]
     if picture is None:
-        picture = fetch(record["url"], args, picture=True)
+        picture = get(record["url"], args, picture=True)
     jpeg, digest = convert(picture, args)
     unfinished.mkdir(parents=True, exist_ok=True)
     return write(unfinished / f"{name}.{digest}.jpg", jpeg, unfinished), digest
 
 
+def is_placeholder(copies):
+    """Whether a picture, given by these (file, record) pairs, is one that hosts show instead of those they have lost.
+
+    The same photo can have two addresses; at three, hardly anything but such a picture is the same to the pixel.
+    """
+    addresses = {record["url"] for _, record in copies if record["url"].startswith("http")}
+    return len(addresses) >= 3
+
+
+def result(future, candidate, unfinished, args):
+    """What `obtain` returns in a `future`; candidates of hosts that limit the rate are fetched here, one at a time."""
+    try:
+        return future.result()
+    except RateLimited:
+        return obtain(*candidate, unfinished, args, fetch_patiently)
+
+
+def count_copies(found, owned):
+    """Counter of the candidates that gave a picture for nothing. Names a file of the digests `owned` that should go."""
+    failures = Counter()
+    for digest, copies in found.items():
+        if not is_placeholder(copies):
+            failures["duplicate"] += len(copies) - 1
+        elif digest in owned:
+            failures["placeholder"] += len(copies) - 1
+            name = copies[0][1].get("file_name")
+            print(f"{name} may be a placeholder: {len(copies)} addresses give this picture")
+        else:
+            failures["placeholder"] += len(copies)
+    return +failures
+
+
 def collect(pictures, unfinished, args):
     """Obtains the missing pictures; returns (file, record) pairs and a Counter of why candidates gave none."""
-    digests = set()
+    found = {}  # by the digest of the pixels, in the source's order: (file, record) pairs
     for file, record in pictures:
         with contextlib.suppress(Failure):
-            digests.add(record.get("pixel_sha256") or convert(file.read_bytes(), args)[1])
+            digest = record.get("pixel_sha256") or convert(file.read_bytes(), args)[1]
+            found[digest] = [(file, record)]
+    owned = set(found)
     candidates = find_candidates({record["url"] for _, record in pictures}, args)
     # The source is asked for its first candidate here, so that its error comes before the bar.
     first = list(itertools.islice(candidates, 1))
@@ -679,25 +1056,27 @@ def collect(pictures, unfinished, args):
             missing = args.num_class_images - len(pictures) - len(new)
             batch = list(itertools.islice(candidates, min(missing, BATCH * args.num_workers)))
             if not batch:
-                return new, failures
-            futures = [pool.submit(obtain, record, picture, unfinished, args) for record, picture in batch]
+                break
+            futures = [pool.submit(obtain, *candidate, unfinished, args) for candidate in batch]
             # The results are taken in the source's order, whichever download ends first.
-            for (record, _), future in zip(batch, futures, strict=True):
+            for candidate, future in zip(batch, futures, strict=True):
                 try:
-                    file, digest = future.result()
-                    if digest in digests:
-                        raise Failure("duplicate")
+                    file, digest = result(future, candidate, unfinished, args)
                 except Failure as failure:
                     failures[str(failure)] += 1
                     if TRACEBACK:
                         traceback.print_exception(failure)
                     continue
-                digests.add(digest)
-                new.append((file, record | {"pixel_sha256": digest}))
-                bar.update()
+                bar.update(digest not in found)
+                record = candidate[0] | {"pixel_sha256": digest}
+                found.setdefault(digest, []).append((file, record))
+            new = [copies[0] for digest, copies in found.items() if digest not in owned and not is_placeholder(copies)]
+            bar.n = len(pictures) + len(new)
     finally:
         bar.close()
         pool.shutdown(wait=False, cancel_futures=True)
+
+    return new, failures + count_copies(found, owned)
 
 
 LEAST = {  # of the arguments that are numbers
@@ -735,6 +1114,10 @@ def retrieve(
     if dataset:  # bash leaves the ~ of --flag=~/folder alone
         args.dataset = os.path.expanduser(dataset)
     folder = Path(os.path.expanduser(class_data_dir)).resolve()
+    # Hosts that limit the rate: when they may be asked again, and how many seconds they have cost since they gave a
+    # picture.
+    args.free_at = {}
+    args.lost = Counter()
     # Here lies what a run, or one that was killed, has not yet put in its place.
     unfinished = folder / ".unfinished"
     new = []
@@ -783,13 +1166,13 @@ def parse_args(input_args=None):
     add(group, "--indice_name", "index of the clip-retrieval backend")
     add(group, "--openverse_url", "image search of the Openverse API; a token in OPENVERSE_TOKEN allows larger pages")
     add(group, "--dataset", "captioned folder (metadata.jsonl, .csv, .txt, .tar), .parquet or .tar file, hub dataset")
-    add(group, "--split", "split of the dataset")
+    add(group, "--split", "split of a dataset on the hub")
     add(group, "--image_column", "column of the pictures or of their URLs; by default found by type and name")
     add(group, "--caption_column", "column of the captions; by default found by name")
     group = parser.add_argument_group("downloads")
     add(group, "--num_workers", "number of simultaneous downloads", type=int)
     add(group, "--connect_timeout", "seconds allowed to connect", type=float)
-    add(group, "--timeout", "seconds allowed for a picture, redirects and retries included", type=float)
+    add(group, "--timeout", "seconds allowed for a picture, without the pauses that its host asks for", type=float)
     add(group, "--retries", "number of retries after a temporary fault, such as status 503", type=int)
     add(group, "--max_bytes", "skip larger files", type=int)
     add(group, "--min_size", "skip pictures with a shorter side, in pixels", type=int)

@@ -284,15 +284,28 @@ def test_query_of_openverse_that_finds_nothing(web, local, tmp_path):
         retrieve("cat", tmp_path / "c", 3, source="openverse", **local)
 
 
-def test_token_that_has_expired(web, local, tmp_path, monkeypatch):
-    """Openverse's tokens are good for 12 hours."""
-    web.routes["/v1/images/"] = (401, {}, b"{}")
+@pytest.mark.parametrize("status", [401, 403])
+def test_token_that_has_expired(status, web, local, tmp_path, monkeypatch):
+    """Openverse's tokens are good for 12 hours. The line names where the token is, also if it was the second choice."""
+    web.routes["/v1/images/"] = (status, {}, b"{}")
     with pytest.raises(RetrieveError) as error:
         retrieve("cat", tmp_path / "cat", 3, source="openverse", **local)
     assert "OPENVERSE_TOKEN" not in str(error.value)
     monkeypatch.setenv("OPENVERSE_TOKEN", "secret")
-    with pytest.raises(RetrieveError, match="HTTP 401; renew or unset OPENVERSE_TOKEN; give another --source$"):
+    with pytest.raises(RetrieveError, match=f"HTTP {status}; renew or unset OPENVERSE_TOKEN$"):
         retrieve("cat", tmp_path / "cat", 3, source="openverse", **local)
+    process = command(tmp_path / "cat", *flags(**local))
+    assert process.returncode == 1 and process.stdout.count("asking Openverse instead") == 1
+    assert process.stderr.endswith(f"HTTP {status}; renew or unset OPENVERSE_TOKEN\n")
+
+
+@pytest.mark.parametrize("token", ["secret\n", " Bearer secret ", "“secret”"])
+def test_token_as_it_is_pasted(token, web, local, tmp_path, monkeypatch):
+    """A line break, the word before it, or the quotation marks of a text program are no part of it."""
+    queries = web.add_openverse([openverse_entry(url) for url in web.add_pictures(1)])
+    monkeypatch.setenv("OPENVERSE_TOKEN", token)
+    assert retrieve("cat", tmp_path / "cat", 1, source="openverse", **local) == 1
+    assert [query["token"] for query in queries] == ["Bearer secret"]
 
 
 def test_rate_limit_is_obeyed(web, local, tmp_path):
@@ -313,7 +326,7 @@ def test_rate_limit_is_obeyed(web, local, tmp_path):
     assert retrieve("cat", tmp_path / "cat", 1, source="openverse", **local | {"retries": 2}) == 1
     assert times[1] - times[0] >= 1 and times[2] - times[1] >= 0.9
     web.routes["/v1/images/"] = (429, {"Retry-After": "7200"}, b"")
-    with pytest.raises(RetrieveError, match="HTTP 429"):
+    with pytest.raises(RetrieveError, match="rate limited; give another --source"):
         retrieve("cat", tmp_path / "b", 1, source="openverse", **local | {"retries": 2})
 
 
@@ -326,7 +339,8 @@ def test_search_that_breaks_off(web, local, tmp_path, capsys, monkeypatch):
         answer(handler) if "page=1&" in handler.path else handler.answer(b"", 401)
     )
     assert retrieve("cat", tmp_path / "cat", 101, source="openverse", **local) == 100
-    assert "HTTP 401" in capsys.readouterr().out and len(read_set(tmp_path / "cat")) == 100
+    assert "HTTP 401; renew or unset OPENVERSE_TOKEN\n" in capsys.readouterr().out
+    assert len(read_set(tmp_path / "cat")) == 100
 
 
 # Datasets
@@ -442,8 +456,176 @@ def test_dataset_of_urls(web, local, tmp_path):
     options = {"dataset": str(tmp_path / "urls.parquet"), "image_column": "where", "caption_column": "said"}
     assert retrieve("cat", tmp_path / "cat", 3, **options, allow_private_hosts=True) == 2
     assert [row[1:3] for row in read_set(tmp_path / "cat")] == [("a cat", urls[0]), ("the cats", urls[1])]
-    pyarrow.parquet.write_table(pyarrow.table({"image": [1, 2], "text": ["cat", "cat"]}), tmp_path / "urls.parquet")
-    assert retrieve("cat", tmp_path / "b", 3, dataset=str(tmp_path / "urls.parquet")) == 0
+
+
+def test_dataset_of_which_nothing_is_taken(tmp_path):
+    """The line says how many rows there are, and why none is of use."""
+    import pyarrow
+    import pyarrow.parquet
+
+    values = {"image": [1, 2, 3], "text": ["a cat", "a dog", "catalogue"], "number": [1, 2, 3]}
+    pyarrow.parquet.write_table(pyarrow.table(values), tmp_path / "x.parquet")
+    expected = {
+        "text": "none of its 3 rows is of use: 1 without a picture, 2 whose caption does not mention cat",
+        "number": "none of its 3 rows is of use: 3 whose caption is of the kind int",
+    }
+    for column, problem in expected.items():
+        process = command(tmp_path / "cat", "--dataset", tmp_path / "x.parquet", "--caption_column", column)
+        assert process.returncode == 1 and process.stdout == ""
+        assert process.stderr == f"error: --dataset {tmp_path / 'x.parquet'}: {problem}\n"
+
+
+def write_table(file, rows):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+
+
+def write_metadata(file, rows):
+    """Writes rows in the format that the file's ending says."""
+    if file.suffix == ".parquet":
+        write_table(file, rows)
+    elif file.suffix == ".csv":
+        with open(file, "w", newline="", encoding="utf-8-sig") as opened:
+            writer = csv.DictWriter(opened, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
+def test_names_that_look_like_splits(ending, tmp_path, offline):
+    """Files and folders called train, test or validation: all rows of all the metadata, whatever the names say."""
+    names = ["train.png", "cat test.png", "validation.jpg", "0.jpg"]
+    folders = ["", "train", "test", "dev/evaluation"]
+    expected = {}
+    for place, folder in enumerate(folders):
+        (tmp_path / "data" / folder / "deep").mkdir(parents=True)
+        rows = []
+        for number, name in enumerate(names):
+            name = f"deep/{name}" if number == 3 else name  # noqa: PLW2901
+            picture = picture_bytes(10 * place + number, "PNG" if name.endswith("png") else "JPEG")
+            (tmp_path / "data" / folder / name).write_bytes(picture)
+            rows.append({"file_name": name, "text": f"cat {place}\u2028{number}", "license": "cc0"})
+            expected[f"cat {place} {number}"] = 10 * place + number
+        write_metadata(tmp_path / "data" / folder / f"metadata.{ending}", rows)
+    assert retrieve("cat", tmp_path / "cat", 16, dataset=str(tmp_path / "data")) == 16
+    found = read_set(tmp_path / "cat")
+    assert {row[1] for row in found} == set(expected) and {row[3]["license"] for row in found} == {"cc0"}
+    for file, caption, *_ in found:
+        assert np.abs(np.asarray(Image.open(file), int) - np.asarray(make_picture(expected[caption]), int)).mean() < 6
+
+
+def test_tables_that_are_called_like_splits(tmp_path, offline):
+    """A copy of a hub dataset: all its tables are read. --split can't choose among local files, and says so."""
+    (tmp_path / "data").mkdir()
+    for number, name in enumerate(("train-00000-of-00001", "test-00000-of-00001", "validation")):
+        rows = [{"image": {"bytes": picture_bytes(number), "path": "0.jpg"}, "text": f"cat {number}"}]
+        write_table(tmp_path / "data" / f"{name}.parquet", rows)
+    assert retrieve("cat", tmp_path / "cat", 3, dataset=str(tmp_path / "data")) == 3
+    assert sorted(row[1] for row in read_set(tmp_path / "cat")) == ["cat 0", "cat 1", "cat 2"]
+    with pytest.raises(RetrieveError, match="--split test is for datasets on the hub"):
+        retrieve("cat", tmp_path / "b", 3, dataset=str(tmp_path / "data"), split="test")
+
+
+ODD = ["[2024] cats", "pairs::x", "cats #2", "100%20", "a * b?", "{cat}", "-cat", "hf:cats", "data.zip::cats"]
+
+
+@pytest.mark.parametrize("form", ["parquet", "webdataset", "txt", "jsonl", "csv"])
+def test_odd_names_of_folders(form, tmp_path, offline, monkeypatch):
+    """Letters that mean something in patterns and addresses are taken as they are."""
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(ODD):
+        (tmp_path / name).mkdir()
+        dataset = save_dataset(form, tmp_path / name / "data").relative_to(tmp_path)
+        assert retrieve("cat", tmp_path / str(number), 3, dataset=str(dataset)) == 3
+        captions = [row[1] for row in read_set(tmp_path / str(number))]
+        assert captions == ["A CAT on a mat", "two cats", "the cat's dish"]
+
+
+@pytest.mark.parametrize("form", ["txt", "jsonl", "parquet"])
+def test_odd_names_of_files(form, tmp_path, offline):
+    """The same of the pictures, whether they lie there or a table has their paths."""
+    (tmp_path / "data").mkdir()
+    rows = []
+    for number, name in enumerate(ODD):
+        file = tmp_path / "data" / f"{name}.jpg"
+        file.write_bytes(picture_bytes(number))
+        rows.append({"file_name": file.name, "text": f"cat {name}"})
+        if form == "txt":
+            file.with_suffix(".txt").write_text(f"cat {name}")
+    dataset = tmp_path / "data"
+    if form == "jsonl":
+        write_metadata(dataset / "metadata.jsonl", rows)
+    elif form == "parquet":
+        dataset = tmp_path / "x.parquet"
+        write_table(
+            dataset, [{"image": str(tmp_path / "data" / row["file_name"]), "text": row["text"]} for row in rows]
+        )
+    assert retrieve("cat", tmp_path / "cat", 9, dataset=str(dataset)) == len(ODD)
+    assert {row[1] for row in read_set(tmp_path / "cat")} == {f"cat {name}" for name in ODD}
+
+
+LISTS = {  # forms in which COCO's several captions of a picture come
+    "strings": lambda captions: {"caption": captions},
+    "dicts": lambda captions: {"captions": [{"id": i, "caption": text} for i, text in enumerate(captions)]},
+    "texts": lambda captions: {"text": [{"text": text} for text in captions]},
+    "sentences": lambda captions: {"sentences": [{"tokens": text.split(), "raw": text} for text in captions]},
+    "dict of lists": lambda captions: {"sentences": {"raw": captions, "sentid": [7] * len(captions)}},
+}
+
+
+@pytest.mark.parametrize("form", LISTS)
+def test_several_captions_of_a_picture(form, tmp_path, offline):
+    """The first one that mentions the class; in a table, in a folder's metadata, and in the .json of a shard."""
+    captions = [["an animal", "a cat", "two cats"], ["a dog", "a sofa"], ["the cat's dish"], []]
+    rows = [LISTS[form](texts) for texts in captions]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    tables = []
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for number, row in enumerate(rows):
+            (folder / f"{number}.jpg").write_bytes(picture_bytes(number))
+            add_to_tar(tar, {f"{number}.jpg": picture_bytes(number), f"{number}.json": json.dumps(row).encode()})
+            tables.append({"image": {"bytes": picture_bytes(number), "path": None}} | row)
+    write_metadata(folder / "metadata.jsonl", [{"file_name": f"{i}.jpg"} | row for i, row in enumerate(rows)])
+    write_table(tmp_path / "x.parquet", tables)
+    for name in ("data", "x.tar", "x.parquet"):
+        assert retrieve("cat", tmp_path / f"of {name}", 9, dataset=str(tmp_path / name)) == 2
+        assert [row[1] for row in read_set(tmp_path / f"of {name}")] == ["a cat", "the cat's dish"]
+
+
+def test_captions_beside_pictures(tmp_path, offline, capsys):
+    """The endings and encodings that people's tools leave; the best-known one counts; what is left out is said."""
+    folder = tmp_path / "data"
+    (folder / "more.png").mkdir(parents=True)
+    texts = {
+        "0.caption": "cat 0", "1.TXT": "cat 1", "2.jpg.txt": "cat 2", "3.jpg.CAPTION": "cat 3",
+        "4.txt": "cat 4", "4.caption": "cat, wrong", "4.jpg.txt": "cat, wrong",
+        "5.caption": "cat 5", "5.jpg.txt": "cat, wrong", "6.jpg.txt": "cat 6", "6.jpg.caption": "cat, wrong",
+        "more.png/9.v2.txt": "cat 9", "notes.txt": "cat, of no picture", "13.txt": "cat",
+    }  # fmt: skip
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    for number in (*range(9), 10, 11, 12):
+        (folder / f"{number}.jpg").write_bytes(picture_bytes(number))
+    (folder / "more.png" / "9.v2.jpg").write_bytes(picture_bytes(9))
+    for name in ("13.heic", "x.mp4"):
+        (folder / name).write_bytes(b"no picture")
+    (folder / "7.txt").write_text("\ufeffcat 7, né", "utf-8")
+    (folder / "8.txt").write_text("cat 8, né", "utf-16")
+    write_metadata(folder / "metadata.jsonl", [{"file_name": "10.jpg"}, {"file_name": "4.jpg", "text": "cat ten"}])
+    (folder / "10.caption").write_bytes(b"\xfe\xff" + "cat 10".encode("utf-16-be"))
+    assert retrieve("cat", tmp_path / "cat", 20, dataset=str(folder)) == 11
+    captions = ["cat 10", "cat ten", *(f"cat {number}" for number in (0, 1, 2, 3, 5, 6)), "cat 7, né", "cat 8, né"]
+    found = [row[1] for row in read_set(tmp_path / "cat")]
+    assert found == [*captions, "cat 9"]
+    for (file, *_), seed in zip(read_set(tmp_path / "cat"), (10, 4, 0, 1, 2, 3, 5, 6, 7, 8, 9), strict=True):
+        assert np.abs(np.asarray(Image.open(file), int) - np.asarray(make_picture(seed), int)).mean() < 6
+    reasons = "2 without a caption (such as 11.jpg), 1 of a kind that is not read (such as 13.heic)"
+    assert f"--dataset {folder}: left out pictures: {reasons}\n" in capsys.readouterr().out
 
 
 def test_plurals(tmp_path):
@@ -481,6 +663,62 @@ def add_to_tar(tar, files):
         info = tarfile.TarInfo(name)
         info.size = len(content)
         tar.addfile(info, io.BytesIO(content))
+
+
+def test_shard_whose_files_are_not_side_by_side(tmp_path, offline):
+    """As tar packs a folder: in the order of the disk."""
+    captions = ["cat 0", "a dog", "cat 2", "cat 3"]
+    files = {f"x/{number}.jpg": picture_bytes(number) for number in range(4)}
+    for number in (2, 0, 3, 1):
+        files[f"x/{number}.txt"] = captions[number].encode()
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        add_to_tar(tar, files)
+    assert retrieve("cat", tmp_path / "cat", 9, dataset=str(tmp_path / "x.tar")) == 3
+    found = read_set(tmp_path / "cat")
+    assert [row[1] for row in found] == ["cat 0", "cat 2", "cat 3"]
+    for (file, *_), seed in zip(found, (0, 2, 3), strict=True):
+        assert np.abs(np.asarray(Image.open(file), int) - np.asarray(make_picture(seed), int)).mean() < 6
+
+
+@pytest.mark.parametrize("ending", ["tar", "parquet"])
+def test_broken_files_of_a_dataset(ending, tmp_path, offline):
+    """Cut off, or empty, as an interrupted download leaves them: they are named, and the others are read."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for shard in range(4):
+        file = folder / f"0000{shard}.{ending}"
+        if ending == "tar":
+            with tarfile.open(file, "w") as tar:
+                for number in range(3 * shard, 3 * shard + 3):
+                    add_to_tar(tar, {f"{number}.txt": b"cat %d" % number, f"{number}.jpg": picture_bytes(number)})
+        else:
+            numbers = range(3 * shard, 3 * shard + 3)
+            write_table(file, [{"text": f"cat {i}", "image": {"bytes": picture_bytes(i)}} for i in numbers])
+    (folder / f"00000.{ending}").write_bytes(b"")
+    content = (folder / f"00002.{ending}").read_bytes()
+    cut = content.index(picture_bytes(7)) + 100 if ending == "tar" else len(content) // 2
+    (folder / f"00002.{ending}").write_bytes(content[:cut])
+    process = command(tmp_path / "cat", "--dataset", folder, "--num_class_images=7")
+    captions = [row[1] for row in read_set(tmp_path / "cat")]
+    before_the_cut = ["cat 6"] if ending == "tar" else []
+    assert captions == ["cat 3", "cat 4", "cat 5", *before_the_cut, "cat 9", "cat 10", "cat 11"]
+    assert process.returncode == (0 if ending == "tar" else 1) and "Traceback" not in process.stderr
+    for shard in (0, 2):
+        assert process.stdout.count(f"{folder}/0000{shard}.{ending}: ") == 1
+
+
+@pytest.mark.parametrize("form", ["semicolons", "tabs", "windows"])
+def test_metadata_of_spreadsheets(form, tmp_path, offline):
+    """Other separators between columns, and Windows' between folders."""
+    text = 'file_name,text\r\nmore/0.jpg,a cat\r\n1.jpg,"two; cats"\r\n'
+    old, new = {"semicolons": (",", ";"), "tabs": (",", "\t"), "windows": ("/", "\\")}[form]
+    text = text.replace(old, new)
+    (tmp_path / "data" / "more").mkdir(parents=True)
+    (tmp_path / "data" / "more" / "0.jpg").write_bytes(picture_bytes(0))
+    (tmp_path / "data" / "1.jpg").write_bytes(picture_bytes(1))
+    (tmp_path / "data" / "metadata.csv").write_text(text)
+    assert retrieve("cat", tmp_path / "cat", 2, dataset=str(tmp_path / "data")) == 2
+    assert [row[1] for row in read_set(tmp_path / "cat")] == ["a cat", "two; cats"]
 
 
 def test_shards_of_img2dataset(tmp_path, offline):
@@ -567,12 +805,22 @@ def test_unusable_datasets(tmp_path, monkeypatch):
     """One line that names the dataset and what is wrong; nothing is created."""
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain" / "0.jpg").write_bytes(picture_bytes(0))
+    (tmp_path / "phone").mkdir()
+    (tmp_path / "phone" / "IMG_1.HEIC").write_bytes(b"ftypheic")
+    for name, line in {"foreign": '"Bild": "cat"}', "nameless": "}", "torn": '}\n"cat"'}.items():
+        (tmp_path / name).mkdir()
+        start = '{"text": "cat"' if name == "nameless" else '{"file_name": "0.jpg"'
+        (tmp_path / name / "metadata.jsonl").write_text(start + ", " * (name == "foreign") + line)
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 no parquet")
     (tmp_path / "notes.csv").write_text("text\ncat\n")
     monkeypatch.chdir(tmp_path)
     expected = {
-        "plain": "its columns are image; choose with --image_column and --caption_column",
+        "plain": "no captioned pictures: 1 without a caption (such as 0.jpg); give each a .txt file, or the folder",
+        "phone": "no captioned pictures: 1 of a kind that is not read (such as IMG_1.HEIC); give",
+        "foreign": "its columns are file_name, Bild, image; choose with --image_column and --caption_column",
+        "nameless": "metadata.jsonl has a row without file_name",
+        "torn": "line 2 of metadata.jsonl is no JSON object",
         "empty": "",
         "broken.parquet": "Parquet",
         "notes.csv": "give a .parquet or a webdataset .tar file, or a folder",

@@ -27,8 +27,9 @@ from subprocess import PIPE
 import pytest
 from launching import flags, run
 from pictures import make_picture
-from web import SCRIPT, Web, command, picture_bytes, read_set
+from web import SCRIPT, Proxy, Web, command, picture_bytes, read_set
 
+import retrieve as retrieve_module
 from retrieve import MAX_ANSWER_BYTES, RetrieveError, is_public, retrieve
 
 
@@ -186,7 +187,7 @@ NAMES = {"public.example": ["93.184.216.34"], "private.example": ["127.0.0.1"], 
 
 @pytest.fixture
 def contacts(monkeypatch):
-    """An internet whose host 93.184.216.34 is this machine; the list of all addresses that sockets connect to.
+    """An internet whose hosts 93.184.216.34 and 198.18.0.7 are this machine; all addresses that sockets connect to.
 
     `NAMES` resolve as there; a list of several lists gives another answer each time.
     """
@@ -195,10 +196,10 @@ def contacts(monkeypatch):
     class Watched(socket.socket):
         def connect(self, address):
             made.append(address[0])
-            if address[0] == "8.8.4.4":  # where nobody answers
+            if address[0] in ("8.8.4.4", "2606:4700::8"):  # where nobody answers
                 time.sleep(self.gettimeout())
                 raise TimeoutError
-            if address[0] not in ("93.184.216.34", "127.0.0.1"):
+            if address[0] not in ("93.184.216.34", "127.0.0.1", "198.18.0.7"):
                 raise ConnectionRefusedError
             super().connect(("127.0.0.1", address[1]))
 
@@ -300,11 +301,9 @@ def test_mixed_addresses(web, local, contacts, tmp_path, monkeypatch):
     assert [address for address in contacts if address != "127.0.0.1"] == ["8.8.8.8", "93.184.216.34"]
 
 
-def test_proxies_and_netrc_are_not_used(web, local, tmp_path, monkeypatch):
-    """A proxy would resolve names itself, behind the check; no password is sent to anybody."""
+def test_netrc_is_not_used(web, local, tmp_path, monkeypatch):
+    """No password is sent to anybody."""
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password secret\n")
-    for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "ALL_PROXY"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     sent = []
 
@@ -318,37 +317,41 @@ def test_proxies_and_netrc_are_not_used(web, local, tmp_path, monkeypatch):
     assert sent == [None]
 
 
+def new_key(folder, name, *words):
+    """Files of a new key and of its certificate, or of a request for one, as openssl's words say."""
+    files = [folder / f"{name}.key", folder / f"{name}.pem"]
+    words = ["req", "-newkey", "rsa:2048", "-nodes", "-subj", f"/CN={name}", *words]
+    run("openssl", *words, "-keyout", files[0], "-out", files[1], check=True)
+    return files
+
+
+def start_secure_web(key, certificate):
+    """Server for https with two pictures."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server = Web(context=context)
+    server.add_pictures(2)
+    return server
+
+
+def secure_web(folder):
+    """Server for https with two pictures, and the file of its certificate, which is for localhost and cats.example."""
+    names = "subjectAltName=DNS:localhost,DNS:cats.example"
+    key, certificate = new_key(folder, "localhost", "-x509", "-addext", names)
+    return start_secure_web(key, certificate), certificate
+
+
 def test_certificates(web, tmp_path):
     """https: a certificate that nobody vouches for, or that is another host's, costs the candidate."""
-    files = ["-keyout", tmp_path / "key.pem", "-out", tmp_path / "cert.pem"]
-    words = [
-        "-x509",
-        "-newkey",
-        "rsa:2048",
-        "-nodes",
-        "-subj",
-        "/CN=localhost",
-        "-addext",
-        "subjectAltName=DNS:localhost",
-    ]
-    run("openssl", "req", *words, *files, check=True)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
-    secure = Web(context=context)
-    secure.add_pictures(1)
+    secure, certificate = secure_web(tmp_path)
     urls = [f"https://{host}:{secure.server_port}/0.jpg" for host in ("127.0.0.1", "localhost")]
     backend_answers(web, urls)
     words = flags(backend_url=web.url("/knn-service"), source="clip-retrieval", num_class_images=2, retries=0)
-    try:
-        process = command(tmp_path / "a", *words, "--allow_private_hosts")
-        assert "2 bad certificate" in process.stdout and not secure.asked
-        trusting = os.environ | {"SSL_CERT_FILE": str(tmp_path / "cert.pem")}
-        process = command(tmp_path / "a", *words, "--allow_private_hosts", env=trusting)
-        assert "1 bad certificate" in process.stdout
-        assert [row[2] for row in read_set(tmp_path / "a")] == urls[1:]
-    finally:
-        secure.shutdown()
-        secure.server_close()
+    process = command(tmp_path / "a", *words, "--allow_private_hosts")
+    assert "2 bad certificate" in process.stdout and not secure.asked
+    process = command(tmp_path / "a", *words, "--allow_private_hosts", env=os.environ | {"SSL_CERT_FILE": certificate})
+    assert "1 bad certificate" in process.stdout
+    assert [row[2] for row in read_set(tmp_path / "a")] == urls[1:]
 
 
 def test_many_slow_addresses(web, local, contacts, tmp_path, monkeypatch, capsys):
@@ -451,6 +454,415 @@ def test_endless_search(web, local, tmp_path):
     web.routes["/knn-service"] = route
     assert retrieve("cat", tmp_path / "cat", 3, source="clip-retrieval", **local) == 0
     assert web.asked.total() - web.asked["/knn-service"] == 60
+
+
+def test_ipv6_that_leads_nowhere(web, local, contacts, tmp_path, monkeypatch):
+    """A name with several addresses of it, and one of IPv4, which gets its turn within --timeout."""
+    monkeypatch.setitem(NAMES, "dual.example", ["2606:4700::8"] * 4 + ["93.184.216.34"])
+    web.add_pictures(1)
+    backend_answers(web, [f"http://dual.example:{web.server_port}/0.jpg"])
+    options = local | {"timeout": 1.0, "connect_timeout": 0.3, "allow_private_hosts": False}
+    assert retrieve("cat", tmp_path / "cat", 1, source="clip-retrieval", **options) == 1
+    assert [address for address in contacts if address != "127.0.0.1"] == ["2606:4700::8", "93.184.216.34"]
+
+
+def test_letters_in_addresses(web, local, contacts, tmp_path, monkeypatch):
+    """Of other scripts, in a URL, in its host (also encoded), and as bytes in a redirect, in either encoding."""
+    monkeypatch.setitem(NAMES, "xn--d1abbgf6aiiy.xn--p1ai", ["93.184.216.34"])
+    port = web.server_port
+    names = {
+        "/%ED%85%8C%20(5).jpg": f"http://public.example:{port}/테 (5).jpg",
+        "/1.jpg": f"http://президент.рф:{port}/1.jpg",
+        "/2.jpg": f"http://%D0%BF%D1%80%D0%B5%D0%B7%D0%B8%D0%B4%D0%B5%D0%BD%D1%82.%D1%80%D1%84:{port}/2.jpg",
+        "/gr%C3%B6%C3%9Fe.jpg": f"http://public.example:{port}/utf8",
+        "/gr%F6%DFe.jpg": f"http://public.example:{port}/latin1",
+    }
+    for number, path in enumerate(names):
+        web.routes[path] = picture_bytes(number)
+    for encoding in ("utf8", "latin1"):
+        location = "/größe.jpg".encode(encoding)
+        web.routes[f"/{encoding}"] = redirect_to(location)
+    backend_answers(web, list(names.values()))
+    options = local | {"allow_private_hosts": False}
+    assert retrieve("cat", tmp_path / "cat", 9, source="clip-retrieval", **options) == len(names)
+    assert [row[2] for row in read_set(tmp_path / "cat")] == list(names.values())
+
+
+def redirect_to(location):
+    return lambda handler: send(handler, b"HTTP/1.1 302 Found\r\nLocation: " + location + b"\r\n\r\n")
+
+
+def test_strict_certificates(web, tmp_path):
+    """Since Python 3.13, certificates have to name their issuer's key, which those of many companies do not."""
+    issuer_key, issuer = new_key(tmp_path, "company", "-x509")
+    key, asked_for = new_key(tmp_path, "localhost")
+    (tmp_path / "extensions").write_text("subjectAltName=DNS:localhost\nauthorityKeyIdentifier=none\n")
+    words = ["-CA", issuer, "-CAkey", issuer_key, "-CAcreateserial", "-extfile", tmp_path / "extensions"]
+    run("openssl", "x509", "-req", "-in", asked_for, *words, "-out", tmp_path / "signed.pem", check=True)
+    secure = start_secure_web(key, tmp_path / "signed.pem")
+    backend_answers(web, [f"https://localhost:{secure.server_port}/0.jpg"])
+    (tmp_path / "sitecustomize.py").write_text(STRICT)
+    words = flags(backend_url=web.url("/knn-service"), source="clip-retrieval", num_class_images=1, retries=0)
+    env = os.environ | {"PYTHONPATH": str(tmp_path), "REQUESTS_CA_BUNDLE": str(issuer)}
+    process = command(tmp_path / "cat", *words, "--allow_private_hosts", env=env)
+    assert process.returncode == 0, process.stdout
+
+
+STRICT = """
+import ssl
+create = ssl.create_default_context
+
+def as_in_python_3_13(*words, **options):
+    context = create(*words, **options)
+    context.verify_flags |= ssl.VERIFY_X509_STRICT
+    return context
+
+ssl.create_default_context = as_in_python_3_13
+"""
+
+
+def test_stand_in_addresses(web, local, contacts, tmp_path, monkeypatch, capsys):
+    """VPN programs resolve all names into 198.18.0.0/15, and perhaps a private network of IPv6."""
+    monkeypatch.setitem(NAMES, "cats.example", ["198.18.0.7"])
+    monkeypatch.setitem(NAMES, "more.example", ["fc00::7", "198.18.0.7"])
+    monkeypatch.setitem(NAMES, "home.example", ["192.168.0.1", "198.17.0.1", "198.20.0.1"])
+    web.add_pictures(2)
+    port = web.server_port
+    web.routes["/to.jpg"] = (302, {"Location": f"http://198.18.0.7:{port}/0.jpg"}, b"")
+    paths = ["cats.example:PORT/0.jpg", "198.18.0.7:PORT/0.jpg", "3323068423:PORT/0.jpg", "cats.example:PORT/to.jpg"]
+    urls = [f"http://{path}".replace("PORT", str(port)) for path in [*paths, "more.example:PORT/1.jpg"]]
+    backend_answers(web, [*urls, f"http://home.example:{port}/0.jpg"])
+    options = local | {"allow_private_hosts": False}
+    assert retrieve("cat", tmp_path / "cat", 9, source="clip-retrieval", **options) == 2
+    assert [row[2] for row in read_set(tmp_path / "cat")] == [urls[0], urls[4]]
+    assert "3 private address" in capsys.readouterr().out
+    assert set(contacts) == {"127.0.0.1", "198.18.0.7", "198.17.0.1", "198.20.0.1"}
+
+
+# Proxies
+
+PROXY_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
+
+
+@pytest.fixture
+def proxy(monkeypatch):
+    """A proxy on loopback, of which the environment says nothing yet."""
+    for name in PROXY_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    server = Proxy()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("variable", ["http_proxy", "HTTP_PROXY", "ALL_PROXY", "all_proxy"])
+def test_proxy(variable, proxy, local, tmp_path, monkeypatch, capsys):
+    """Searches and pictures come by way of it, though no name resolves here; it is told the user and the password."""
+    monkeypatch.setenv(variable, f"http://me:p%40ss%C3%A9@127.0.0.1:{proxy.server_port}")
+    proxy.credentials = "me:p@ssé"
+    proxy.add_pictures(2)
+    proxy.routes["/to/1.jpg"] = (302, {"Location": "http://elsewhere.example/1.jpg?size=9"}, b"")
+    private = ["127.0.0.1", "127.1", "localhost", "cats.localhost", "10.0.0.1", "[::1]", "169.254.169.254"]
+    urls = ["http://cats.example/0.jpg", "http://me:secret@cats.example:81/to/1.jpg#top"]
+    backend_answers(proxy, urls + [f"http://{host}:{proxy.server_port}/0.jpg" for host in private])
+    options = local | {"backend_url": "http://search.example/knn-service", "allow_private_hosts": False}
+    assert retrieve("cat", tmp_path / "cat", 3, source="clip-retrieval", **options) == 2
+    assert [row[2] for row in read_set(tmp_path / "cat")] == urls
+    assert re.search("[67] private address", capsys.readouterr().out)  # not every system resolves cats.localhost
+    asked = {"http://search.example/knn-service", "http://cats.example/0.jpg", "http://cats.example:81/to/1.jpg"}
+    assert set(proxy.requests) == asked | {"http://elsewhere.example/1.jpg?size=9"}
+
+
+@pytest.mark.parametrize("address", ["http://localhost", "localhost", "https://localhost"])
+def test_proxy_for_https(address, proxy, local, tmp_path, monkeypatch, capsys):
+    """A tunnel, through which the host's own certificate is checked; the proxy may be asked by https itself."""
+    server, certificate = secure_web(tmp_path)
+    front = Proxy(context=server.context) if address.startswith("https") else proxy
+    front.target = server.server_port
+    front.credentials = "me:pass"
+    scheme, _, name = address.rpartition("://")
+    scheme = f"{scheme}://" if scheme else ""
+    monkeypatch.setenv("HTTPS_PROXY", f"{scheme}me:pass@{name}:{front.server_port}")
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
+    backend_answers(server, ["https://cats.example/0.jpg", "https://dogs.example/1.jpg"])
+    options = local | {"backend_url": "https://cats.example/knn-service", "allow_private_hosts": False}
+    assert retrieve("cat", tmp_path / "cat", 2, source="clip-retrieval", **options) == 1
+    assert [row[2] for row in read_set(tmp_path / "cat")] == ["https://cats.example/0.jpg"]
+    assert "1 bad certificate" in capsys.readouterr().out
+    assert set(front.requests) == {"cats.example:443", "dogs.example:443"}
+
+
+def test_hosts_without_a_proxy(proxy, web, local, contacts, tmp_path, monkeypatch):
+    """Those that NO_PROXY names, also with a port, and hosts on this machine, which no proxy reaches."""
+    monkeypatch.setenv("HTTP_PROXY", f"127.0.0.1:{proxy.server_port}")
+    web.add_pictures(2)
+    proxy.add_pictures(3)
+    port = web.server_port
+    backend_answers(web, [f"http://public.example:{port}/0.jpg", web.url("/1.jpg"), "http://cats.example/2.jpg"])
+    for bypass in ("public.example", f"other.example, .example:{port}"):
+        monkeypatch.setenv("no_proxy", bypass)
+        proxy.requests.clear()
+        web.asked.clear()
+        assert retrieve("cat", tmp_path / bypass, 3, source="clip-retrieval", **local) == 3
+        assert set(proxy.requests) == {"http://cats.example/2.jpg"}
+        assert set(web.asked) == {"/knn-service", "/0.jpg", "/1.jpg"}
+
+
+FAULTS = {  # of a proxy -> what is said
+    "http://me:secret@127.0.0.1:9": "proxy 127.0.0.1:9: connection failed",
+    "http://me:secret@nowhere.invalid:3128": "proxy nowhere.invalid:3128: no such host",
+    "http://me:wrong@127.0.0.1:PORT": "proxy 127.0.0.1:PORT: HTTP 407",
+    "socks5://me:secret@127.0.0.1:1080": "the proxy is no http://host:port but socks5://…: set HTTPS_PROXY",
+    "http://me:sec#ret@127.0.0.1:80": "the proxy is no http://host:port but http://…: set HTTPS_PROXY",
+}
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_of_a_proxy(fault, scheme, proxy, local, tmp_path, monkeypatch, capsys):
+    """They are named as the cause, for a search and for pictures, without the password."""
+    proxy.credentials = "me:secret"
+    backend_answers(proxy, [f"{scheme}://cats.example/0.jpg"])
+    monkeypatch.setenv("ALL_PROXY", fault.replace("PORT", str(proxy.server_port)))
+    expected = FAULTS[fault].replace("PORT", str(proxy.server_port))
+    options = local | {"backend_url": f"{scheme}://search.example/knn-service"}
+    with pytest.raises(RetrieveError) as error:
+        retrieve("cat", tmp_path / "cat", 1, source="clip-retrieval", **options)
+    assert expected in str(error.value)
+    proxy.credentials = None
+    options["backend_url"] = proxy.url("/knn-service")
+    if "wrong" in fault:
+        proxy.credentials, proxy.open_paths = "me:secret", {"/knn-service"}
+    assert retrieve("cat", tmp_path / "cat", 1, source="clip-retrieval", **options) == 0
+    out = capsys.readouterr().out
+    assert f"1 {expected}" in out and "sec" not in out + str(error.value)
+
+
+@pytest.mark.parametrize("variable", ["REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR"])
+def test_certificates_of_a_company(variable, web, local, tmp_path, monkeypatch):
+    """A file, or a folder as c_rehash leaves it; one that is missing is named."""
+    server, certificate = secure_web(tmp_path)
+    backend_answers(web, [f"https://localhost:{server.server_port}/0.jpg"])
+    names = [certificate]
+    if variable != "SSL_CERT_FILE":
+        (tmp_path / "certs").mkdir()
+        hashed = run("openssl", "x509", "-hash", "-noout", "-in", certificate, check=True).stdout.strip()
+        shutil.copy(certificate, tmp_path / "certs" / f"{hashed}.0")
+        names = [tmp_path / "certs"] if variable == "SSL_CERT_DIR" else [certificate, tmp_path / "certs"]
+    words = flags(source="clip-retrieval", num_class_images=1, **local)
+    for number, name in enumerate(names):
+        process = command(tmp_path / str(number), *words, env=os.environ | {variable: str(name)})
+        assert process.returncode == 0, process.stderr + process.stdout
+    if variable.endswith("BUNDLE"):
+        process = command(tmp_path / "none", *words, env=os.environ | {variable: "/no/such.pem"})
+        assert process.returncode == 1 and "Traceback" not in process.stderr
+        assert process.stderr.strip().endswith(
+            "REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE /no/such.pem: [Errno 2] No such file or directory; correct it"
+        )
+
+
+# Hosts that limit the rate
+
+
+class Limit:
+    """Makes a server refuse requests for some of its pictures: those beyond `at_once`, or all of the numbers `refused`.
+
+    `times` holds when a request came and whether it was refused, which `answer`, a function, does.
+    """
+
+    def __init__(self, web, paths, answer, at_once=99, refused=()):
+        self.answer, self.at_once, self.numbers = answer, at_once, refused
+        self.busy, self.times, self.lock = 0, [], threading.Lock()
+        for path in paths:
+            web.routes[path] = self.limited(web.routes[path])
+
+    def limited(self, content):
+        def route(handler):
+            with self.lock:
+                self.busy += 1
+                is_refused = self.busy > self.at_once or len(self.times) in self.numbers
+                self.times.append((time.monotonic(), is_refused))
+            time.sleep(0.02)
+            if is_refused:
+                status, headers = self.answer()
+                handler.answer(b"", status, headers)
+            else:
+                handler.answer(content)
+            with self.lock:
+                self.busy -= 1
+
+        return route
+
+    def refusals(self):
+        return sum(is_refused for _, is_refused in self.times)
+
+
+LIMITS = {
+    "seconds": (429, {"Retry-After": "1"}),
+    "no header": (429, {}),
+    "no time": (429, {"Retry-After": "soon"}),
+    "now": (429, {"Retry-After": "0"}),
+    "unavailable": (503, {"Retry-After": "1"}),
+    "unavailable, no header": (503, {}),
+}
+
+
+@pytest.mark.parametrize("kind", LIMITS)
+def test_two_requests_at_once(kind, web, local, tmp_path):
+    """A host that refuses a third one gives all its pictures, in their order, though faults are not retried."""
+    urls = web.add_pictures(40)
+    web.add_backend(urls)
+    limit = Limit(web, [f"/{number}.jpg" for number in range(40)], lambda: LIMITS[kind], at_once=2)
+    assert retrieve("cat", tmp_path / "cat", 40, source="clip-retrieval", **local) == 40
+    assert [row[2] for row in read_set(tmp_path / "cat")] == urls
+    assert 0 < limit.refusals() < 20 and len(limit.times) == 40 + limit.refusals()
+
+
+def test_host_that_names_a_time(web, local, tmp_path):
+    """Retry-After as a date: nobody asks before it, and the waiting is no part of --timeout."""
+    urls = web.add_pictures(30)
+    web.add_backend(urls)
+
+    def answer():  # dates have whole seconds
+        return 429, {"Retry-After": time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 3))}
+
+    limit = Limit(web, [f"/{number}.jpg" for number in range(30)], answer, refused=range(4, 8))
+    options = local | {"timeout": 1.0, "num_workers": 4}
+    assert retrieve("cat", tmp_path / "cat", 30, source="clip-retrieval", **options) == 30
+    assert [row[2] for row in read_set(tmp_path / "cat")] == urls and limit.refusals() == 4
+    start = next(moment for moment, is_refused in limit.times if is_refused)
+    assert [moment for moment, _ in limit.times if start + 0.5 < moment < start + 1.9] == []
+
+
+def test_longest_pause_counts(web, local, tmp_path):
+    """Two answers were on their way, and the later one does not say how long."""
+    urls = web.add_pictures(2)
+    web.add_backend(urls)
+    pictures = [web.routes[f"/{number}.jpg"] for number in range(2)]
+    times = []
+
+    def answer(number, delay, headers):
+        def route(handler):
+            times.append(time.monotonic())
+            if len(times) > 2:
+                return handler.answer(pictures[number])
+            time.sleep(delay)
+            return handler.answer(b"", 429, headers)
+
+        return route
+
+    web.routes |= {"/0.jpg": answer(0, 0.4, {}), "/1.jpg": answer(1, 0, {"Retry-After": "2"})}
+    assert retrieve("cat", tmp_path / "cat", 2, source="clip-retrieval", **local) == 2
+    assert len(times) == 4 and times[2] - times[1] > 1.9
+
+
+@pytest.mark.parametrize("redirected", [False, True])
+def test_other_hosts_do_not_wait(redirected, web, local, tmp_path):
+    """While a host has its pause, the pictures of another come, also where redirects lead to the first."""
+    urls = web.add_pictures(20)
+    other = [url.replace("127.0.0.1", "localhost") for url in web.add_pictures(20, start=20)]
+    names = urls
+    if redirected:
+        names = [web.url(f"/to/{number}").replace("127.0.0.1", "localhost") for number in range(20)]
+        web.routes |= {f"/to/{i}": (302, {"Location": url}, b"") for i, url in enumerate(urls)}
+    web.add_backend([url for pair in zip(names, other, strict=True) for url in pair])
+    slow = Limit(web, [f"/{i}.jpg" for i in range(20)], lambda: (429, {"Retry-After": "3"}), refused=range(3))
+    fast = Limit(web, [f"/{i}.jpg" for i in range(20, 40)], lambda: (200, {}))
+    assert retrieve("cat", tmp_path / "cat", 40, source="clip-retrieval", **local) == 40
+    (start, _), *_ = slow.times
+    assert all(moment < start + 2.9 for moment, _ in fast.times)
+    assert [moment for moment, _ in slow.times if start + 1 < moment < start + 2.9] == []
+
+
+def test_host_that_asks_for_an_hour(web, local, tmp_path, capsys):
+    """It is given up, and none of its pictures waits; another host's are there."""
+    urls = web.add_pictures(60)
+    other = [url.replace("127.0.0.1", "localhost") for url in web.add_pictures(10, start=60)]
+    web.add_backend(urls + other)
+    limit = Limit(web, [f"/{i}.jpg" for i in range(60)], lambda: (429, {"Retry-After": "3600"}), refused=range(60))
+    local["backend_url"] = local["backend_url"].replace("127.0.0.1", "localhost")
+    start = time.monotonic()
+    assert retrieve("cat", tmp_path / "cat", 10, source="clip-retrieval", **local) == 10
+    assert time.monotonic() - start < 5 and len(limit.times) <= 16
+    assert [row[2] for row in read_set(tmp_path / "cat")] == other
+    assert "Skipped 60 candidates: 60 rate limited\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("harm", ["refuses", "drips"])
+def test_patience_with_a_host_ends(harm, web, local, tmp_path, capsys, monkeypatch):
+    """One that limits the rate, and then gives nothing, whether it says so or not, costs a limited time in all."""
+    monkeypatch.setattr(retrieve_module, "MAX_PATIENCE", 2)
+    urls = web.add_pictures(30)
+    web.add_backend(urls)
+    web.routes |= {f"/{i}.jpg": (429, {}, b"") for i in range(30)}
+    if harm == "drips":
+        web.routes |= {f"/{i}.jpg": endless(b"x", pause=0.1) for i in range(1, 30)}
+    start = time.monotonic()
+    options = local | {"timeout": 0.8, "num_workers": 1}
+    assert retrieve("cat", tmp_path / "cat", 5, source="clip-retrieval", **options) == 0
+    assert time.monotonic() - start < 8
+    assert " rate limited" in capsys.readouterr().out
+
+
+def test_address_that_is_never_available(web, local, tmp_path, capsys):
+    """A status of 503 may be about one picture: it is retried --retries times, and the others come all the same."""
+    urls = web.add_pictures(12)
+    web.add_backend(urls)
+    web.routes["/3.jpg"] = (503, {}, b"")
+    assert retrieve("cat", tmp_path / "cat", 11, source="clip-retrieval", **local | {"retries": 1}) == 11
+    assert [row[2] for row in read_set(tmp_path / "cat")] == urls[:3] + urls[4:]
+    assert web.asked["/3.jpg"] == 3 and "1 HTTP 503" in capsys.readouterr().out
+
+
+# Placeholders
+
+
+def test_placeholder_of_lost_pictures(web, local, tmp_path, capsys):
+    """A picture that three addresses give is none, whether they redirect to it; one at two addresses is kept once."""
+    urls = web.add_pictures(20)
+    lost = picture_bytes(99)
+    web.routes |= {f"/{i}.jpg": (302, {"Location": "/lost.png"}, b"") for i in (1, 5, 6)}
+    web.routes["/lost.png"] = (200, {"Content-Type": "image/png"}, picture_file("PNG", 98))
+    web.routes |= {f"/{i}.jpg": lost for i in (2, 4, 13)}
+    web.routes["/8.jpg"] = web.routes["/3.jpg"]
+    web.add_backend(urls)
+    expected = [url for i, url in enumerate(urls) if i not in (1, 5, 6, 2, 4, 13, 8)]
+    for workers in (1, 16):
+        folder = tmp_path / str(workers)
+        assert retrieve("cat", folder, 20, source="clip-retrieval", num_workers=workers, **local) == 13
+        assert [row[2] for row in read_set(folder)] == expected
+        assert "Skipped 7 candidates: 6 placeholder, 1 duplicate\n" in capsys.readouterr().out
+    # as many as are asked for, though some came to be seen as placeholders late
+    assert retrieve("cat", tmp_path / "ten", 10, source="clip-retrieval", **local) == 10
+    assert [row[2] for row in read_set(tmp_path / "ten")] == expected[:10]
+
+
+def test_placeholder_in_a_run_that_goes_on(web, local, tmp_path, capsys):
+    """What a killed run had fetched counts; a picture of an earlier set stays, and its file is named."""
+    urls = web.add_pictures(9)
+    web.routes |= {f"/{i}.jpg": picture_bytes(99) for i in (1, 3, 5)}
+    web.add_backend(urls)
+    folder = tmp_path / "cat"
+    options = local | {"source": "clip-retrieval"}
+
+    def die(handler):
+        process.kill()
+
+    web.routes["/4.jpg"] = die
+    words = ["--class_prompt", "cat", "--class_data_dir", folder, *flags(num_class_images=6, num_workers=1, **options)]
+    process = subprocess.Popen([sys.executable, SCRIPT, *map(str, words)])
+    assert process.wait(30) == -signal.SIGKILL and any((folder / ".unfinished").iterdir())
+    web.routes["/4.jpg"] = picture_bytes(4)
+    assert retrieve("cat", folder, 6, **options) == 6
+    assert [row[2] for row in read_set(folder)] == [urls[i] for i in (0, 2, 4, 6, 7, 8)]
+    assert max(web.asked[f"/{i}.jpg"] for i in (0, 1, 2, 3)) == 1
+
+    assert retrieve("cat", tmp_path / "b", 2, **options) == 2
+    capsys.readouterr()
+    assert retrieve("cat", tmp_path / "b", 6, **options) == 6
+    assert [row[2] for row in read_set(tmp_path / "b")] == [urls[i] for i in (0, 1, 2, 4, 6, 7)]
+    assert "images/1.jpg may be a placeholder: 3 addresses give this picture" in capsys.readouterr().out
 
 
 # Killed and started again

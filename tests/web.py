@@ -1,8 +1,10 @@
 """A web of pictures on loopback, with the services that retrieve.py asks, for its tests."""
 
+import base64
 import io
 import json
 import os
+import socket
 import sys
 import threading
 from collections import Counter
@@ -27,6 +29,7 @@ class Web(ThreadingHTTPServer):
 
     def __init__(self, host="127.0.0.1", context=None):
         super().__init__((host, 0), Handler)
+        self.context = context
         if context:
             self.socket = context.wrap_socket(self.socket, server_side=True)
         self.routes, self.asked, self.lock, self.connections = {}, Counter(), threading.Lock(), 0
@@ -83,8 +86,52 @@ class Web(ThreadingHTTPServer):
         """Clients that go away are part of the tests."""
 
 
+class Proxy(Web):
+    """A proxy that answers for every http host from its own routes, and leads every tunnel to the port `target`.
+
+    `requests` holds what it was asked for. It wants the user and password in `credentials`, but not for `open_paths`.
+    """
+
+    def __init__(self, **options):
+        self.requests, self.credentials, self.target, self.open_paths = [], None, None, set()
+        super().__init__(**options)
+
+    def admits(self, handler):
+        """Whether a request has the right password; answers it if not. A handler of a plain server asks, too."""
+        if self.credentials and urlsplit(handler.path).path not in self.open_paths:
+            given = handler.headers.get("Proxy-Authorization", "").removeprefix("Basic ")
+            if base64.b64decode(given).decode() != self.credentials:
+                handler.answer(b"", 407, {"Proxy-Authenticate": "Basic"})
+                return False
+        self.requests.append(handler.path)
+        return True
+
+    def tunnel(self, handler):
+        """Carries bytes both ways until one side ends."""
+        handler.wfile.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        with socket.create_connection(("127.0.0.1", self.target)) as far:
+            ways = {handler.connection: far, far: handler.connection}
+            handler.connection.settimeout(0.05)
+            far.settimeout(0.05)
+            while True:
+                for source, sink in ways.items():
+                    try:
+                        data = source.recv(65536)
+                    except TimeoutError:
+                        continue
+                    if not data:
+                        return
+                    sink.sendall(data)
+
+
 class Handler(BaseHTTPRequestHandler):
+    def do_CONNECT(self):
+        if self.server.admits(self):
+            self.server.tunnel(self)
+
     def do_GET(self):
+        if isinstance(self.server, Proxy) and not self.server.admits(self):
+            return
         path = urlsplit(self.path).path
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         with self.server.lock:
