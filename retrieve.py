@@ -436,6 +436,9 @@ def to_rgb(image):
 
     The trainer's `load_picture` treats colours in the same way.
     """
+    image.getexif()
+    # exif_transpose would write the other metadata again, and fail where it can't. The orientation is kept in mind.
+    image.info.pop("exif", None)
     image = ImageOps.exif_transpose(image)
     profile = image.info.get("icc_profile")
     if image.mode[0] == "I":

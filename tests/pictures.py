@@ -42,3 +42,9 @@ def display_p3():
     header = struct.pack(">III12s12x4s", start + len(data), 0, 0x04000000, kind, b"acsp")
     header = header.ljust(68, b"\0") + fixed(*d50)
     return header.ljust(128, b"\0") + table + data
+
+
+def unwritable_exif():
+    """Metadata of a picture on its side, with a number that Pillow reads and can't write: a resolution of -1/0."""
+    entries = struct.pack("<HHLHH", 0x0112, 3, 1, 6, 0) + struct.pack("<HHLL", 0x011A, 10, 1, 38)
+    return b"Exif\0\0II*\0" + struct.pack("<LH", 8, 2) + entries + struct.pack("<Lll", 0, -1, 0)

@@ -16,7 +16,7 @@ from urllib.parse import parse_qs, urlsplit
 import numpy as np
 import pytest
 from launching import ROOT, flags, python, run, train
-from pictures import display_p3, make_picture
+from pictures import display_p3, make_picture, unwritable_exif
 from PIL import Image
 from web import SCRIPT, command, picture_bytes, read_set
 
@@ -847,6 +847,7 @@ def test_conversion(web, local, tmp_path):
     grey = np.asarray(base.convert("L"), np.uint16) * 257
     saved = {
         "exif.jpg": (base, {"exif": exif, "comment": b"secret", "icc_profile": b"secret profile", "quality": 95}),
+        "unwritable.jpg": (make_picture(4, 90, 70), {"exif": unwritable_exif(), "quality": 95}),
         "alpha.png": (alpha, {}),
         "palette.png": (base.quantize(64), {}),
         "transparent.gif": (base.quantize(64), {"transparency": 0}),
@@ -868,7 +869,7 @@ def test_conversion(web, local, tmp_path):
         (tmp_path / name).write_bytes(web.routes[f"/{name}"])
         expected, _ = load_picture(tmp_path / name)  # the trainer's own reading
         image = Image.open(file)
-        assert image.size == expected.size == ((70, 90) if name == "exif.jpg" else (90, 70))
+        assert image.size == expected.size == ((70, 90) if name in ("exif.jpg", "unwritable.jpg") else (90, 70))
         assert np.abs(np.asarray(image, int) - np.asarray(expected, int)).mean() < 3, name
         with Image.open(tmp_path / name) as original:
             assert np.abs(np.asarray(to_rgb(original), int) - np.asarray(expected, int)).max() <= 1, name
