@@ -45,10 +45,14 @@ try:
     import urllib3
     from PIL import Image, ImageCms, ImageOps
     from tqdm.auto import tqdm
-except ImportError as error:
+except Exception as error:  # a broken package can raise anything
     if __name__ != "__main__":
         raise
-    sys.exit(f"error: {error}; pip install -r requirements.txt")
+    # The package whose code was running, as its error may not name it.
+    frames = [frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(error.__traceback__)]
+    packages = [name.partition(".")[0] for name in frames if not name.startswith(("__main__", "importlib"))]
+    cause = ": ".join([*packages[-1:], str(error)])
+    sys.exit(f"error: {cause}; pip install -r requirements.txt")
 
 # Wikimedia refuses programs whose name comes without an address.
 HEADERS = {"User-Agent": "CustomDiffusion-retrieve/1.0 (+https://arxiv.org/abs/2212.04488)"}

@@ -71,16 +71,13 @@ LAUNCH_VARIABLES = (  # by which launchers, MPI's among them, tell a process of 
 )  # fmt: skip
 SIGNAL_NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
 STOP_SIGNALS = [getattr(signal, name) for name in SIGNAL_NAMES if hasattr(signal, name)]
-WORKER_REMEDY = "give fewer --dataloader_num_workers, or 0"
+WORKER_REMEDY = "the system ended it, as it does when memory is short; give fewer --dataloader_num_workers, or 0"
 MEMORY_REMEDY = "--gradient_checkpointing or a smaller --train_batch_size or --sample_batch_size takes less"
 REMEDIES = {  # by what torch says: the line's subject and what to do
     "out of memory": ("out of memory", MEMORY_REMEDY),
     "can't allocate memory": ("out of memory", MEMORY_REMEDY),
     "ALLOC_FAILED": ("out of memory", MEMORY_REMEDY),
-    "is killed by signal": (
-        "data-loader worker",
-        "the system ended it, as it does when memory is short; " + WORKER_REMEDY,
-    ),
+    "is killed by signal": ("data-loader worker", WORKER_REMEDY),
     "kernel image": ("{gpu}", "torch {torch} was not built for it; install one that is, as pytorch.org says"),
     "busy or unavailable": ("{gpu}", "another process has it for itself; wait for that, or choose another GPU"),
 }
@@ -394,7 +391,7 @@ class Output(io.FileIO):
 
 
 def keep_output_harmless():
-    """Lets nothing that is printed end the run, letters that the terminal's encoding lacks neither."""
+    """Lets a run survive what it prints: readers that go away, and letters that the encoding lacks."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):  # a notebook has others
@@ -494,6 +491,10 @@ def read_concepts_list(args):
         for key in needed:
             if not isinstance(entry, dict) or not isinstance(entry.get(key), str) or not entry[key]:
                 fail(subject, f"concept {index} has no text for the key {key!r}; add it")
+    keys = {"instance_prompt", "instance_data_dir", "class_prompt", "class_data_dir"}
+    others = {key for entry in entries for key in entry} - keys
+    if others:
+        say(f"{subject}: left out the keys {', '.join(sorted(others))}, which mean nothing here")
     return entries
 
 
@@ -602,10 +603,11 @@ def read_folder(folder, flag, prompt, with_masks=False):
         found.samples.append((picture, prompt if caption is None else " ".join(normal_form(caption).split())))
 
     # What is left out: everything else
-    used = {*dict(found.samples), *found.sources.values(), *found.masks.values()}
+    used = [*dict(found.samples), *found.sources.values(), *found.masks.values()]
     if listed:
-        used |= {folder / name for name in LISTS} | {picture.parent for picture in listed}
-    others = [file for file in files if file not in used]
+        used += [folder / name for name in LISTS] + [picture.parent for picture in listed]
+    used = {file.absolute() for file in used}
+    others = [file for file in files if file.absolute() not in used]
     found.left_out = [f"{file.name}/" if file.is_dir() else file.name for file in others]
     found.left_out += [f"{picture.name} of its list" for picture in missing]
     return found
@@ -725,20 +727,19 @@ def read_concepts(args):
 def check_pictures(concepts, args):
     """Fails if a picture can't be used, which would otherwise end the run when its turn comes."""
     least = 1.4 * args.resolution
-    for concept in concepts:
-        for file, _ in concept.class_samples:
-            with failing_as(file, "not a readable picture: repair or remove it", file):
-                image, _ = load_picture(file, least)
-            if image.getbbox() is None:
-                problem = "all black, as half precision or a safety checker leaves it"
-                fail(file, f"{problem}; remove it")
-        for file, _ in concept.instance_samples:
-            mask = concept.masks.get(file)
-            subject = f"{file} or its mask {mask}" if mask else file
-            with failing_as(subject, "not a readable picture: repair or remove it", mask or file):
-                image, _ = load_picture(file, least, args.alpha_mask, mask)
-            if image.mode == "RGBX" and image.getextrema()[3][1] < 2:
-                say(f"{file}: its mask hides all of it, so it is learned as if it had none")
+    unreadable = "not a readable picture: repair or remove it"
+    class_samples = [sample for concept in concepts for sample in concept.class_samples]
+    for file in dict(class_samples):
+        with failing_as(file, unreadable, file):
+            image, _ = load_picture(file, least)
+        if image.getbbox() is None:
+            fail(file, "all black, as half precision or a safety checker leaves it; remove it")
+    masks = {file: concept.masks.get(file) for concept in concepts for file, _ in concept.instance_samples}
+    for file, mask in masks.items():
+        with failing_as(f"{file} or its mask {mask}" if mask else file, unreadable, mask or file):
+            image, _ = load_picture(file, least, args.alpha_mask, mask)
+        if image.mode == "RGBX" and image.getextrema()[3][1] < 2:
+            say(f"{file}: its mask hides all of it, so it is learned as if it had none")
 
 
 def draw_scale(size, rng):
@@ -1378,6 +1379,7 @@ def decode(pipeline, latents):
     if not decoded.isfinite().all():
         problem = f"the model's numbers overflow in {vae.dtype}"
         print(f"warning: pictures are black: {problem}; --mixed_precision bf16 or no may mend it", file=sys.stderr)
+        decoded = decoded.nan_to_num(-1)
     return pipeline.image_processor.postprocess(decoded)
 
 
@@ -1930,7 +1932,8 @@ class Checkpoints:
                 fail(f"--resume_from_checkpoint {name}", f"no checkpoint; there are {found or 'none'}")
         step = 0
         if folder:
-            with failing_as(f"--resume_from_checkpoint {folder}", "resume from another one, as this one is corrupt"):
+            remedy = "resume from another one, as this one is corrupt"
+            with failing_as(f"--resume_from_checkpoint {folder}", remedy, folder):
                 step = self.load(folder)
             self.accelerator.print(f"Resuming from {folder}, step {step}")
         steps = self.accelerator.gather(torch.tensor([step], device=self.accelerator.device)).tolist()
