@@ -59,7 +59,7 @@ CLOSE_PREFIXES = ("zoomed in ", "close up ")
 WEIGHTS_NAME = "pytorch_custom_diffusion_weights"
 TRAINING_STATE_NAME = "training_state.pt"
 CHECKPOINT_NAME = "checkpoint.json"
-LISTS = ("images.txt", "caption.txt", "urls.txt", "metadata.jsonl", "metadata.csv")
+LISTS = ("images.txt", "caption.txt", "urls.txt", "metadata.jsonl")  # that retrieve.py writes
 CAPTION_ENDINGS = (".txt", ".caption")  # kohya's trainer writes the second one
 CAPTION_KEYS = ("text", "caption", "prompt")  # of metadata.jsonl
 # OneTrainer calls the pictures beside 0.png 0-masklabel.png and 0-condlabel.png.
@@ -555,8 +555,11 @@ def read_metadata(folder):
             if file.suffix == ".jsonl":
                 rows = [json.loads(line) for line in text.split("\n") if line.strip()]
             for row in rows:
-                captions = [row[key] for key in CAPTION_KEYS if isinstance(row.get(key), str)]
-                listed[folder / row["file_name"]] = (captions[0] if captions else None, file)
+                captions = [row[key] for key in CAPTION_KEYS if row.get(key) is not None]
+                # Some data sets have several captions for a picture.
+                caption = captions[0] if captions else None
+                caption = caption[0] if isinstance(caption, list) else caption
+                listed[folder / row["file_name"].replace("\\", "/")] = (caption, file)
     return listed
 
 
@@ -566,9 +569,10 @@ def find_beside(pictures):
     beside = {}
     for file in pictures:
         match = BESIDE_NAME.fullmatch(file.stem)
-        if match and match[1] in by_stem:
+        # "The mask.png" may be a picture, "the-masklabel.png" is none.
+        if match and (match[1] in by_stem or match[2].lower() != "mask"):
             is_mask = match[2].lower() != "condlabel"
-            beside[file] = by_stem[match[1]] if is_mask else None
+            beside[file] = by_stem.get(match[1]) if is_mask else None
     return beside
 
 
@@ -577,19 +581,22 @@ def read_folder(folder, flag, prompt, with_masks=False):
     with failing_as(f"{flag} {folder}", "give a folder of pictures"):
         files = [file for file in sorted(folder.iterdir()) if file.name[0] != "."]
     with failing_as(f"{flag} {folder}", "mend its lists, or run retrieve.py again"):
-        listed = read_lists(folder)
-    listed = listed or read_metadata(folder)
+        in_lists = read_lists(folder)
+    # Without the run's own lists, those of other tools count.
+    listed = in_lists or read_metadata(folder)
     missing = [picture for picture in listed if not picture.is_file()]
+    known = {picture.resolve() for picture in listed}
     pictures = [file for file in files if is_picture(file)]
     beside = find_beside(pictures)
+    own = [picture for picture in pictures if picture not in beside and picture.resolve() not in known]
     found = Folder()
     if with_masks:
         found.masks = {picture: mask for mask, picture in beside.items() if picture}
 
     # Captions, of 0.png in 0.txt, 0.caption, 0.png.txt or 0.png.caption
     texts = {file.stem + file.suffix.lower(): file for file in files}
-    for picture in dict.fromkeys([*listed, *pictures]):
-        if picture in missing or picture in beside:
+    for picture in (*listed, *own):
+        if picture in missing:
             continue
         caption, source = listed.get(picture, (None, None))
         names = [stem + ending for stem in (picture.stem, picture.name) for ending in CAPTION_ENDINGS]
@@ -604,10 +611,12 @@ def read_folder(folder, flag, prompt, with_masks=False):
 
     # What is left out: everything else
     used = [*dict(found.samples), *found.sources.values(), *found.masks.values()]
-    if listed:
-        used += [folder / name for name in LISTS] + [picture.parent for picture in listed]
-    used = {file.absolute() for file in used}
-    others = [file for file in files if file.absolute() not in used]
+    used += [picture.parent for picture in listed]
+    if in_lists:
+        used += [folder / name for name in LISTS]
+    # A list may write a path in another way than the folder does.
+    used = {file.resolve() for file in used}
+    others = [file for file in files if file.resolve() not in used]
     found.left_out = [f"{file.name}/" if file.is_dir() else file.name for file in others]
     found.left_out += [f"{picture.name} of its list" for picture in missing]
     return found
@@ -1202,6 +1211,7 @@ def check_prompts(tokenizer, concepts, words, is_prefixed):
     limit = tokenizer.model_max_length
     for prompt, source in sources.items():
         longest = FAR_PREFIXES[0] + prompt if is_prefixed else prompt
+        # The tokenizer is not told to cut, so that a word beyond the limit is seen here.
         tokens = tokenizer.convert_ids_to_tokens(tokenizer(longest).input_ids)
         found = set(words) & set(tokens)
         shown = f"{source} {textwrap.shorten(prompt, 80)!r}"
@@ -1221,7 +1231,7 @@ def check_prompts(tokenizer, concepts, words, is_prefixed):
         problem = f"diffusers would find one of {words} in other capitals"
         fail(", ".join(other_capitals), f"{problem}; write it alike, or choose another word")
     for concept in concepts:
-        captions = {caption for _, caption in concept.class_samples}
+        captions = {concept.class_prompt or "", *dict(concept.class_samples).values()}
         too_long += sum(len(tokenizer(caption).input_ids) > limit for caption in captions)
     if too_long:
         say(f"{too_long} captions are cut to the {limit} tokens that the model reads")
@@ -1895,6 +1905,7 @@ class Checkpoints:
             if folder.exists():  # an earlier run made one
                 self.delete(folder)
             folder.mkdir(exist_ok=True)
+            # important: the record comes last.
             for file in sorted(unfinished.iterdir(), key=lambda file: file.name == CHECKPOINT_NAME):
                 file.replace(folder / file.name)
         finally:
@@ -1906,6 +1917,7 @@ class Checkpoints:
     def delete(self, folder):
         """Deletes a checkpoint, and says what a disk refuses, as NFS does while a file is read."""
         try:
+            # important: the record goes first.
             (folder / CHECKPOINT_NAME).unlink(missing_ok=True)
             shutil.rmtree(folder)
         except OSError as error:
@@ -2043,7 +2055,7 @@ def report_step(accelerator, progress, step, step_loss, learning_rate):
     # The host waits for the device here, and in the loop where all processes agree on stopping.
     loss = accelerator.reduce(step_loss, "mean").item()
     if not math.isfinite(loss):
-        fail(f"step {step}", f"the loss is {loss}; lower --learning_rate, or take another base model")
+        fail(f"step {step}", f"the loss is {loss}; lower --learning_rate, or give --mixed_precision no or bf16")
     progress.set_postfix(loss=f"{loss:.4f}", lr=f"{learning_rate:.2e}", refresh=False)
     progress.update()
     with reporting(accelerator):
@@ -2144,6 +2156,7 @@ def start_accelerator(args):
             fail(f"ACCELERATE_USE_{name}", "a process cannot save the weights then; run `accelerate config default`")
     # In a notebook the previous run's precision would stay in force.
     accelerate.state.AcceleratorState._reset_state()
+    # Variables of a launcher that was not used, as containers with MPI have them, would start half a group.
     launch = ", ".join(f"{name}={os.environ[name]}" for name in LAUNCH_VARIABLES if name in os.environ)
     remedy = "run `accelerate config default`"
     if launch:

@@ -53,6 +53,9 @@ FORMS = {
     "metadata.jsonl": {"metadata.jsonl": '{"file_name": "0.png", "text": "a <new1> cat"}\n\n'},
     "metadata.jsonl of another column": {"metadata.jsonl": '{"file_name": "0.png", "caption": "a <new1> cat"}'},
     "metadata.csv": {"metadata.csv": 'file_name,text\n0.png,"a <new1> cat"\n'},
+    "metadata.jsonl with several captions": {"metadata.jsonl": '{"file_name": "0.png", "text": ["a <new1> cat", "b"]}'},
+    "metadata.jsonl of Windows": {"metadata.jsonl": '{"file_name": ".\\\\0.png", "text": "a <new1> cat"}'},
+    "metadata.jsonl with whole paths": {"metadata.jsonl": '{"file_name": "FOLDER/0.png", "text": "a <new1> cat"}'},
     "metadata.jsonl before a .txt": {
         "metadata.jsonl": '{"file_name": "0.png", "text": "a <new1> cat"}',
         "0.txt": "another",
@@ -67,11 +70,19 @@ def test_captions_of_every_form(form, tmp_path, capsys):
     """The caption is taken, the other picture keeps the prompt, and no file that was used is called left out."""
     make_folder(tmp_path / "cat", "0.png", "1.png")
     for name, content in FORMS[form].items():
-        (tmp_path / "cat" / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        if isinstance(content, bytes):
+            (tmp_path / "cat" / name).write_bytes(content)
+        else:
+            (tmp_path / "cat" / name).write_bytes(content.replace("FOLDER", str(tmp_path / "cat")).encode())
     assert captions_of(tmp_path / "cat") == {"0.png": "a <new1> cat", "1.png": PROMPT}
-    said = capsys.readouterr().out
-    assert ("left out 0.txt" in said) == (form == "metadata.jsonl before a .txt"), said
-    assert said.count("\n") == ("left out" in said)
+    assert len(read(tmp_path / "cat").instance_samples) == 2
+    lines = set(capsys.readouterr().out.splitlines())
+    left_out = {
+        "metadata.jsonl before a .txt": "0.txt",
+        "a .txt where metadata.jsonl has none": "metadata.jsonl",
+    }
+    expected = {f"instance_data_dir {tmp_path / 'cat'}: left out {left_out[form]}"} if form in left_out else set()
+    assert lines == expected
 
 
 def test_class_pictures_have_captions_of_every_form(tmp_path):
@@ -239,7 +250,7 @@ def test_masks_beside_pictures(masked, capsys):
 
 def test_pictures_that_are_no_masks(tmp_path):
     """A picture is a mask only beside the picture that it is the mask of."""
-    make_folder(tmp_path / "cat", "dog_mask.png", "mask.png", "unmask.png", "0.png", "0_masked.png")
+    make_folder(tmp_path / "cat", "dog_mask.png", "mask.png", "unmask.png", "0.png", "0_masked.png", "7-masklabel.png")
     assert set(captions_of(tmp_path / "cat", alpha_mask=True)) == {
         "dog_mask.png", "mask.png", "unmask.png", "0.png", "0_masked.png",
     }  # fmt: skip
