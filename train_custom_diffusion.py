@@ -1859,7 +1859,7 @@ class Checkpoints:
         with torch.device("meta"):  # without weights
             trial = UNet2DConditionModel.from_config(unet.config)
         with (
-            tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder) as trial_folder,
+            tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder, ignore_cleanup_errors=True) as trial_folder,
             failing_as(subject, "a trial save failed"),
         ):
             self.result.save(self.pipeline, Path(trial_folder))

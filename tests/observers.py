@@ -15,7 +15,6 @@ import json
 import multiprocessing
 import os
 import resource
-import shutil
 import signal
 import sys
 import time
@@ -371,17 +370,15 @@ def too_large_for_the_machine(folder, rank):
 
 
 def somebody_reads_a_file(folder, rank):
-    """Deleting a checkpoint leaves what NFS does while somebody reads a file of it, and raises an error."""
-    rmtree = shutil.rmtree
+    """Removing a folder raises what NFS does while somebody reads a file that was in it."""
+    rmdir = os.rmdir
 
-    def refuse(path, *args, **options):
-        rmtree(path, *args, **options)
-        if Path(path).name.startswith("checkpoint-"):
-            Path(path).mkdir()
-            Path(path, ".nfs0001").touch()
+    def refuse(path, **options):
+        if Path(path).name.startswith(("checkpoint-", ".unfinished-")):
             raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+        rmdir(path, **options)
 
-    shutil.rmtree = refuse
+    os.rmdir = refuse
 
 
 def no_folder_can_be_renamed(folder, rank):
