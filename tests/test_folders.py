@@ -7,7 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
-from launching import finish, flags, fork, start
+from launching import finish, flags, fork, python, start
 from pictures import make_picture, unwritable_exif
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
@@ -295,8 +295,16 @@ def test_jpeg_of_200_megapixels(sd1, tmp_path):
     fork(tmp_path / "run", max_train_steps=2, instance_prompt=PROMPT, **values)
     said = (tmp_path / "run.log").read_text()
     assert "Warning" not in said and "limit" not in said
-    image, size = load_picture(tmp_path / "cat" / "0.jpg", 90)
-    assert size == (16320, 12240) and 90 <= min(image.size) < 180
+    code = f"""
+import resource
+from train_custom_diffusion import load_picture
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+image, size = load_picture({str(tmp_path / "cat" / "0.jpg")!r}, 90)
+assert size == (16320, 12240) and 90 <= min(image.size) < 180
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    kilobytes = int(python(code).stdout.split()[-1])
+    assert kilobytes < 100_000, "decoded whole, it takes 800 MB"
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
