@@ -10,10 +10,14 @@ import datetime
 import json
 import os
 import re
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -m and -P leave it out
 
 from results import (
     EXPORTED,
+    PACKAGES_REMEDY,
     Parser,
     add_word,
     check_base,
@@ -35,7 +39,7 @@ RANK = 64
 
 def parse_args(input_args=None):
     """Reads the command line, or the list of strings `input_args`, into a checked `argparse.Namespace`."""
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     parser.usage = "python scripts/export.py RESULT --pretrained_model_name_or_path MODEL --output FILE [other flags]"
     path = os.path.expanduser
     # fmt: off
@@ -273,7 +277,7 @@ def load_merged(args, subject, result):
 
     Its tokenizer and text encoder have the words, unless --keep_vocabulary leaves them as they were.
     """
-    with failing_as("packages", "run pip install -r requirements.txt, best in a new environment"):
+    with failing_as("packages", PACKAGES_REMEDY):
         import diffusers
         import transformers
     for library in (diffusers, transformers):

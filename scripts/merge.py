@@ -16,10 +16,14 @@ see text features alone.
 import dataclasses
 import os
 import re
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -m and -P leave it out
 
 from results import (
     CHECKPOINT_FILE,
+    PACKAGES_REMEDY,
     Parser,
     Result,
     add_word,
@@ -85,7 +89,7 @@ DANGLING = re.compile(rf"(\s+({CONNECTING})|[\s,.;:])*$")
 
 def parse_args(input_args=None):
     """Reads the command line, or the list of strings `input_args`, into a checked `argparse.Namespace`."""
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     parser.usage = (
         "python scripts/merge.py RESULT [RESULT ...] --pretrained_model_name_or_path MODEL --output_dir FOLDER"
     )
@@ -180,7 +184,7 @@ def solve(wanted, kept):
 
 def load_text_parts(args, concepts, is_xl):
     """Returns (tokenizer, text encoder) of the base model, or SDXL's two pairs, with the new words."""
-    with failing_as("packages", "run pip install -r requirements.txt, best in a new environment"):
+    with failing_as("packages", PACKAGES_REMEDY):
         import transformers
 
         kinds = {"": transformers.CLIPTextModel}

@@ -23,6 +23,9 @@ WEIGHTS_NAME = "pytorch_custom_diffusion_weights"
 CHECKPOINT_FILE = "checkpoint.json"  # the trainer's record of a checkpoint
 EXPORTED = "modelspec.sai_model_spec"  # in the metadata of every file that export.py writes
 SUFFIXES = (".safetensors", ".bin")  # in the order of preference
+PACKAGES_REMEDY = "run pip install -r requirements.txt, best in a new environment"
+if sys.flags.optimize == 2:
+    PACKAGES_REMEDY = "run Python without -OO, as packages read their own docstrings"
 # The keys of a result: layer, projection, and what is of it. The UNet's own name is all three in a row.
 TRAINED = re.compile(
     r"(.+\.attn2)\.processor"
@@ -95,6 +98,31 @@ def warn(problem):
     print(f"warning: {problem}", file=sys.stderr)
 
 
+class Output:
+    """A stream for stdout or stderr to which anything can be written.
+
+    If nobody reads it any more, or its disk is full, the rest is dropped: that must not cost the
+    result. Letters that its encoding lacks are written as their numbers.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        """Writes a text at once, so that it does not fail later, at the end of the run."""
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        return len(text)
+
+
 # ---------- Arguments -------------------------------------------------------------------------------------------
 
 
@@ -141,9 +169,11 @@ def not_negative(text):
 
 def start_command(parse_args):
     """Returns the arguments of a command; ends the run with one line if its imports would fail."""
+    # Either is None if it is closed.
+    sys.stdout = sys.stdout and Output(sys.stdout)
+    sys.stderr = sys.stderr and Output(sys.stderr)
     args = parse_args()
-    remedy = "run pip install -r requirements.txt, best in a new environment"
-    with one_line_errors("packages"), failing_as("packages", remedy):
+    with one_line_errors("packages"), failing_as("packages", PACKAGES_REMEDY):
         import safetensors.torch  # noqa: F401
     return args
 

@@ -566,6 +566,55 @@ def test_ridge_follows_the_features_size(factor):
 # The machine
 
 
+def both_scripts(result, model, folder):
+    """{name: command} of merge.py, and of export.py for a whole model."""
+    export = ROOT / "scripts" / "export.py"
+    to_model = flags(pretrained_model_name_or_path=model, output=folder / "export", format="model")
+    return {
+        "merge": [MERGE, *words_of(result, model=model, output_dir=folder / "merge", weight=1e-3)],  # with a warning
+        "export": [export, result, *to_model],
+    }
+
+
+@pytest.mark.parametrize("kind", ["broken pipe", "full disk", "closed"])
+@pytest.mark.parametrize("name", ["merge", "export"])
+def test_output_that_cannot_be_written(name, kind, results, sd1, tmp_path):
+    """The result is written all the same: stdout and stderr are no part of it."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open("/dev/full", "w") as full:
+        options = {"stdout": writer, "stderr": writer}
+        if kind == "full disk":
+            options = {"stdout": full, "stderr": full}
+        elif kind == "closed":
+            options = {"stdout": None, "stderr": None, "preexec_fn": lambda: os.closerange(1, 3)}
+        command = both_scripts(results["cat"], sd1, tmp_path)[name]
+        process = run(sys.executable, *command, capture_output=False, **options)
+    os.close(writer)
+    assert process.returncode == 0
+    (file,) = tmp_path.glob(f"merge/{WEIGHTS}.safetensors" if name == "merge" else "export/unet/*.safetensors")
+    assert load_file(file)
+
+
+def test_letters_that_the_output_lacks(results, sd1, tmp_path):
+    """A word in another script, on a console that has no letters for it."""
+    cat = rename_words(copy_result(results["cat"], tmp_path / "cat"), {"<new1>": "<猫>"})
+    for command in both_scripts(cat, sd1, tmp_path).values():
+        process = run(sys.executable, *command, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+        assert process.returncode == 0 and "<\\u732b>" in process.stdout, process.stderr
+    assert (tmp_path / "merge" / "<猫>.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["merge", "export"])
+def test_ways_to_start_python(name):
+    script = ROOT / "scripts" / f"{name}.py"
+    for words in (["-m", f"scripts.{name}"], ["-P", script], ["-I", script], ["-OO", script]):
+        # -P is of Python 3.11
+        if words[0] != "-P" or sys.version_info >= (3, 11):
+            process = run(sys.executable, *words, "--help", cwd=ROOT)
+            assert process.returncode == 0 and "--pretrained_model_name_or_path" in process.stdout, process.stderr
+
+
 def test_without_torch(results, tmp_path):
     """One line, as for the trainer."""
     code = "import sys, runpy; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; "
