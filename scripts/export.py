@@ -228,8 +228,11 @@ def describe(title, kind, words, unet, scheduler):
 
 
 def plain_name(word):
-    """A word as a file's name: without `<` and `>`, which Windows does not allow. Tools take this name as the word."""
-    return re.sub(r'[<>:"/\\|?*]', "", word).strip(" .")
+    """A word as a file's name, which other tools take as the word.
+
+    Windows does not allow `<` and `>`, and tools read brackets as weights.
+    """
+    return re.sub(r'[<>:"/\\|?*()\[\]{}]', "", word).strip(" .")
 
 
 def place_words(words, folder, output, sources):

@@ -324,6 +324,12 @@ def test_words(name, results, tmp_path):
         assert torch.equal(pipeline.text_encoder.get_input_embeddings().weight[row], expected)
 
 
+@pytest.mark.parametrize("word, name", [("<new1>", "new1"), ("[V]", "V"), ("S*", "S"), ("(a){b}", "ab")])
+def test_names_of_words(word, name):
+    """Neither Windows nor the weights of a prompt's syntax stand in the way of the name."""
+    assert script.plain_name(word) == name
+
+
 def test_export_into_the_results_own_folder(results, tmp_path):
     """Files of an earlier export are no part of the result, and the result's own files stay as they are."""
     model, folder = results["sd1"]
