@@ -10,10 +10,14 @@ import datetime
 import json
 import os
 import re
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -m and -P leave it out
 
 from results import (
     EXPORTED,
+    PACKAGES_REMEDY,
     Parser,
     add_word,
     check_base,
@@ -35,7 +39,7 @@ RANK = 64
 
 def parse_args(input_args=None):
     """Reads the command line, or the list of strings `input_args`, into a checked `argparse.Namespace`."""
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     parser.usage = "python scripts/export.py RESULT --pretrained_model_name_or_path MODEL --output FILE [other flags]"
     path = os.path.expanduser
     # fmt: off
@@ -193,7 +197,6 @@ def describe(title, kind, words, unet, scheduler):
     is_xl = bool(unet.get("addition_embed_type"))
     is_v2 = not is_xl and unet.get("use_linear_projection", False)
     is_v = scheduler.get("prediction_type") == "v_prediction"
-    size = 8 * unet["sample_size"]
     suffix = "_v" if is_v else ""
     if is_xl:
         version = "sdxl_base_v1-0"
@@ -204,7 +207,7 @@ def describe(title, kind, words, unet, scheduler):
     else:
         version = f"sd_v1{suffix}"
         architecture = "stable-diffusion-v1"
-    return {
+    metadata = {
         "format": "pt",
         "ss_base_model_version": version,
         "ss_v2": str(is_v2),
@@ -215,15 +218,21 @@ def describe(title, kind, words, unet, scheduler):
         "modelspec.implementation": "diffusers",
         "modelspec.title": title,
         "modelspec.date": datetime.date.today().isoformat(),
-        "modelspec.resolution": f"{size}x{size}",
         "modelspec.prediction_type": "v" if is_v else "epsilon",
         "modelspec.trigger_phrase": ", ".join(words),
     }
+    size = unet.get("sample_size")
+    if isinstance(size, int):
+        metadata["modelspec.resolution"] = f"{8 * size}x{8 * size}"
+    return metadata
 
 
 def plain_name(word):
-    """A word as a file's name: without `<` and `>`, which Windows does not allow. Tools take this name as the word."""
-    return re.sub(r'[<>:"/\\|?*]', "", word).strip(" .")
+    """A word as a file's name, which other tools take as the word.
+
+    Windows does not allow `<` and `>`, and tools read brackets as weights.
+    """
+    return re.sub(r'[<>:"/\\|?*()\[\]{}]', "", word).strip(" .")
 
 
 def place_words(words, folder, output, sources):
@@ -250,7 +259,7 @@ def place_words(words, folder, output, sources):
 
 def check_same(file, rows, word):
     """Fails if a file does not hold these embeddings of a word."""
-    with failing_as(file, f"move it, or choose an --output in another folder for the word {word}"):
+    with failing_as(file, f"move it, or choose an --output in another folder for the word {word}", file):
         found = load_file(file)
         is_same = found.keys() == rows.keys()
         if not is_same or any(not torch.equal(found[key], rows[key]) for key in found):
@@ -273,7 +282,7 @@ def load_merged(args, subject, result):
 
     Its tokenizer and text encoder have the words, unless --keep_vocabulary leaves them as they were.
     """
-    with failing_as("packages", "run pip install -r requirements.txt, best in a new environment"):
+    with failing_as("packages", PACKAGES_REMEDY):
         import diffusers
         import transformers
     for library in (diffusers, transformers):
@@ -286,7 +295,8 @@ def load_merged(args, subject, result):
     wanted = [f"{part}/*.{ending}" for part in optional for ending in ("json", "safetensors")]
     folder = find_folder(name, subject, wanted, args.revision)
     options |= {part: None for part in optional if not (folder / part).is_dir()}
-    with failing_as(subject, "give a complete model in .safetensors, and --variant fp16 if its files are named so"):
+    remedy = "give a complete model in .safetensors, and --variant fp16 if its files are named so"
+    with failing_as(subject, remedy, Path(name)):
         pipeline = diffusers.DiffusionPipeline.from_pretrained(name, **options)
     pipeline.to(torch.float32)
     with torch.no_grad():
@@ -342,7 +352,7 @@ def export(args):
     check_output(output, is_model, result.files)
     placed = {} if is_model else place_words(result.words, output.parent, output, result.files)
     base, unet, scheduler = read_base(args, subject, result.weights.keys())
-    changes = subtract(result, base, unet, subject)
+    changes = subtract(result, base, subject)
     check_base(result, base, args.pretrained_model_name_or_path)
     share = norm(changes.values()) / (norm(base[name] for name in changes) or 1)
     moved = f"training changed {len(changes)} tensors by {100 * share:.3g} %"

@@ -16,15 +16,20 @@ see text features alone.
 import dataclasses
 import os
 import re
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -m and -P leave it out
 
 from results import (
     CHECKPOINT_FILE,
+    PACKAGES_REMEDY,
     Parser,
     Result,
     add_word,
     base_digest,
     check_base,
+    check_name,
     fail,
     failing_as,
     not_negative,
@@ -85,7 +90,7 @@ DANGLING = re.compile(rf"(\s+({CONNECTING})|[\s,.;:])*$")
 
 def parse_args(input_args=None):
     """Reads the command line, or the list of strings `input_args`, into a checked `argparse.Namespace`."""
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     parser.usage = (
         "python scripts/merge.py RESULT [RESULT ...] --pretrained_model_name_or_path MODEL --output_dir FOLDER"
     )
@@ -180,7 +185,7 @@ def solve(wanted, kept):
 
 def load_text_parts(args, concepts, is_xl):
     """Returns (tokenizer, text encoder) of the base model, or SDXL's two pairs, with the new words."""
-    with failing_as("packages", "run pip install -r requirements.txt, best in a new environment"):
+    with failing_as("packages", PACKAGES_REMEDY):
         import transformers
 
         kinds = {"": transformers.CLIPTextModel}
@@ -193,8 +198,10 @@ def load_text_parts(args, concepts, is_xl):
     options = {"revision": args.revision, "variant": args.variant, "use_safetensors": True}
     parts = []
     for index, (ending, kind) in enumerate(kinds.items()):
-        with failing_as(subject, "give the model that the results were trained on"):
-            text_encoder = kind.from_pretrained(model, subfolder=f"text_encoder{ending}", **options)
+        folder = f"text_encoder{ending}"
+        remedy = "give the model that the results were trained on"
+        with failing_as(f"{subject}: {folder}", remedy, Path(model, folder)):
+            text_encoder = kind.from_pretrained(model, subfolder=folder, **options)
         text_encoder.float()
         tokenizer = load_tokenizer(args, ending)
         # A tokenizer's own configuration can lack its length.
@@ -208,16 +215,19 @@ def load_text_parts(args, concepts, is_xl):
 
 def load_tokenizer(args, ending):
     """Loads the base model's tokenizer, or with the ending "_2" its second; --tokenizer_name replaces the first."""
-    from transformers import CLIPTokenizer
-
     name = args.pretrained_model_name_or_path
-    subject = f"--pretrained_model_name_or_path {name}"
-    options = {"subfolder": f"tokenizer{ending}", "revision": args.revision}
+    folder = f"tokenizer{ending}"
+    subject = f"--pretrained_model_name_or_path {name}: {folder}"
+    options = {"subfolder": folder, "revision": args.revision}
     if args.tokenizer_name and not ending:
         name = args.tokenizer_name
+        folder = ""
         subject = f"--tokenizer_name {name}"
         options = {}  # The revision is the model's.
-    with failing_as(subject, "give a complete tokenizer"):
+        check_name(name, subject)
+    with failing_as(subject, "give a complete tokenizer", Path(name, folder)):
+        from transformers import CLIPTokenizer
+
         tokenizer = CLIPTokenizer.from_pretrained(name, **options)
         if tokenizer.unk_token in tokenizer.tokenize("a"):
             # transformers 5 makes such a tokenizer of missing files.
@@ -433,7 +443,7 @@ def subtract_base(args, inputs, subject):
     changes = {}
     answers = []
     for result in inputs:
-        change = subtract(result, base, unet, subject)
+        change = subtract(result, base, subject)
         changes[result.name] = {name: value.double() for name, value in change.items()}
         answers.append(check_base(result, base, args.pretrained_model_name_or_path))
     keys = ("base_model_fp16", "base_model")

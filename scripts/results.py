@@ -12,17 +12,22 @@ import io
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import sys
 import textwrap
 import traceback
+import zipfile
 from pathlib import Path
 
 WEIGHTS_NAME = "pytorch_custom_diffusion_weights"
 CHECKPOINT_FILE = "checkpoint.json"  # the trainer's record of a checkpoint
 EXPORTED = "modelspec.sai_model_spec"  # in the metadata of every file that export.py writes
 SUFFIXES = (".safetensors", ".bin")  # in the order of preference
+PACKAGES_REMEDY = "run pip install -r requirements.txt, best in a new environment"
+if sys.flags.optimize == 2:
+    PACKAGES_REMEDY = "run Python without -OO, as packages read their own docstrings"
 # The keys of a result: layer, projection, and what is of it. The UNet's own name is all three in a row.
 TRAINED = re.compile(
     r"(.+\.attn2)\.processor"
@@ -38,41 +43,78 @@ class Problem(Exception):
     """What a user has to mend: `subject: problem; what to do`. It ends a command as its one line."""
 
 
+class Foreign(Problem):
+    """A file that was written by something else and has no place in a result."""
+
+
 def fail(subject, problem):
     """Raises a `Problem`: which flag or file is wrong, and what to do about it."""
     raise Problem(f"{subject}: {problem}")
 
 
-def shorten(error):
-    """What an exception says, or what it is if it says nothing, on one line.
+def shorten(text):
+    """A text on one line, without a full stop."""
+    return textwrap.shorten(text, 400).rstrip(".")
 
-    The line begins with the package that was being imported, if one was.
-    """
+
+def find_cause(error):
+    """Returns the exception behind those by which lazy imports hide which package is broken."""
     while isinstance(error, (ImportError, RuntimeError)) and error.__cause__:
-        error = error.__cause__  # lazy imports hide which package is broken
-    said = str(error) or type(error).__name__
-    modules = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == "<module>"]
-    if modules:
-        said = f"{modules[-1].f_globals['__name__'].partition('.')[0]}: {said}"
-    return textwrap.shorten(said, 400).rstrip(".")
+        error = error.__cause__
+    return error
 
 
-def is_pointer(file):
-    """Whether a file only stands for one that Git LFS has not fetched."""
-    return file.is_file() and file.stat().st_size < 1024 and file.read_bytes().startswith(b"version https://git-lfs")
+def find_import(error):
+    """Returns the package whose import an exception ended, None if it ended none."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    modules = [frame.f_globals["__name__"] for frame in frames if frame.f_code.co_name == "<module>"]
+    return modules[-1].partition(".")[0] if modules else None
+
+
+def find_absent(place):
+    """Lines about the files in a folder, or about the file itself, whose content was left elsewhere."""
+    lines = []
+    files = sorted(place.rglob("*")) if place.is_dir() else [place]
+    for file in files:
+        is_small = file.is_file() and file.stat().st_size < 1024
+        if file.is_symlink() and not file.exists():
+            problem = f"a link to {os.readlink(file)}, which is not there"
+            lines.append(f"{file}: {problem}; copy the folder with what its links stand for (cp -rL)")
+        elif is_small and file.read_bytes().startswith(b"version https://git-lfs"):
+            lines.append(f"{file}: only stands for a file that Git LFS has not fetched; run git lfs pull")
+    return lines
+
+
+def find_inside(folder, name):
+    """The folders in a folder that have a file of this name, as in a cache of the hub, in words for a line."""
+    files = [*folder.glob(f"*/{name}"), *folder.glob(f"*/*/{name}")]
+    return ", ".join(sorted({str(file.parent.relative_to(folder)) for file in files}))
 
 
 @contextlib.contextmanager
-def failing_as(subject, remedy):
-    """Raises a `Problem` for whatever a library raises in this context: some raise anything."""
+def failing_as(subject, remedy, place=None):
+    """Raises a `Problem` for whatever a library raises in this context: some raise anything.
+
+    `place` is the file or folder that is being read.
+    """
     try:
         yield
     except Problem:
         raise
     except Exception as error:
-        if isinstance(subject, Path) and is_pointer(subject):
-            remedy = "it only stands for a file that Git LFS has not fetched: run git lfs pull"
-        raise Problem(f"{subject}: {shorten(error)}; {remedy}") from error
+        cause = find_cause(error)
+        said = str(cause) or type(cause).__name__
+        package = find_import(cause)
+        absent = find_absent(place) if place else []
+        if package or isinstance(cause, ImportError):
+            subject = "packages"  # What was being read has nothing to do with it.
+            said = f"{package}: {said}" if package else said
+            remedy = PACKAGES_REMEDY
+        elif absent:
+            raise Problem(absent[0]) from error
+        elif isinstance(cause, OSError) and place and place.is_file():
+            remedy = "check its permissions, or copy it to a local disk"
+        raise Problem(f"{subject}: {shorten(said)}; {remedy}") from error
 
 
 @contextlib.contextmanager
@@ -93,6 +135,31 @@ def one_line_errors(output):
 def warn(problem):
     """Prints a line to stderr about what the run goes on with."""
     print(f"warning: {problem}", file=sys.stderr)
+
+
+class Output:
+    """A stream for stdout or stderr to which anything can be written.
+
+    If nobody reads it any more, or its disk is full, the rest is dropped: that must not cost the
+    result. Letters that its encoding lacks are written as their numbers.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        """Writes a text at once, so that it does not fail later, at the end of the run."""
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        return len(text)
 
 
 # ---------- Arguments -------------------------------------------------------------------------------------------
@@ -141,9 +208,11 @@ def not_negative(text):
 
 def start_command(parse_args):
     """Returns the arguments of a command; ends the run with one line if its imports would fail."""
+    # Either is None if it is closed.
+    sys.stdout = sys.stdout and Output(sys.stdout)
+    sys.stderr = sys.stderr and Output(sys.stderr)
     args = parse_args()
-    remedy = "run pip install -r requirements.txt, best in a new environment"
-    with one_line_errors("packages"), failing_as("packages", remedy):
+    with one_line_errors("packages"), failing_as("packages", PACKAGES_REMEDY):
         import safetensors.torch  # noqa: F401
     return args
 
@@ -173,13 +242,22 @@ class Result:
         return self.files[0].parent
 
 
+def check_name(name, subject):
+    """Fails if `name` is neither a folder nor possibly a hub repository."""
+    if Path(name).is_dir():
+        return
+    if Path(name).exists():
+        fail(subject, "a file; give a folder or a hub repository")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        fail(subject, "no such folder, and no name of a hub repository; check the name")
+
+
 def find_folder(name, subject, patterns, revision=None, ignore_patterns=None):
     """Returns the folder `name`, or a folder with what is needed of the hub repository `name`."""
+    check_name(name, subject)
     if Path(name).is_dir():
         return Path(name)
-    if Path(name).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        fail(subject, "neither a folder nor a hub repository; check the name")
-    with failing_as(subject, "give a folder, or a hub repository within reach"):
+    with failing_as(subject, "there is no such folder, so give one, or a hub repository within reach"):
         from huggingface_hub import snapshot_download
 
         options = {"allow_patterns": patterns, "ignore_patterns": ignore_patterns}
@@ -193,12 +271,14 @@ def find_result(name):
         patterns = [f"*{suffix}", CHECKPOINT_FILE]
         folder = find_folder(name, name, patterns, ignore_patterns="*/*")
         file = folder / f"{WEIGHTS_NAME}{suffix}"
-        if file.is_file():
+        if file.is_file() or file.is_symlink():  # Reading a link to nothing says what is wrong.
             return folder, file
+    inside = find_inside(folder, f"{WEIGHTS_NAME}.*")
     remedy = "give the output_dir of a finished run or one of its checkpoints"
-    checkpoints = {file.parent.name for file in folder.glob(f"checkpoint-*/{WEIGHTS_NAME}.*")}
-    if checkpoints:
-        remedy = f"give one of its checkpoints: {', '.join(sorted(checkpoints))}"
+    if inside:
+        remedy = f"give one of the results in it: {inside}"
+    elif (folder / "random_states_0.pkl").exists():
+        remedy = "checkpoints of the diffusers script hold no result; give the output_dir of its finished run"
     raise Problem(f"{name}: no {WEIGHTS_NAME}.safetensors or .bin in it; {remedy}")
 
 
@@ -210,16 +290,22 @@ def read_table(file, remedy):
     import torch
     from safetensors import safe_open
 
-    with failing_as(file, remedy):
+    with failing_as(file, remedy, file):
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as content:
                 names = content.keys()
                 table = {name: content.get_tensor(name) for name in names}
                 return table, content.metadata() or {}
-        # Results of a GPU are read where there is none.
-        table = torch.load(file, map_location="cpu", weights_only=True)
+        try:
+            # Results of a GPU are read where there is none.
+            table = torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            if not zipfile.is_zipfile(file):
+                raise ValueError("no table of tensors") from None
+            # torch's own message advises to run the code in it.
+            raise Foreign(f"{file}: holds objects that are no tensors; give a Custom Diffusion result") from None
         if not isinstance(table, dict):
-            raise ValueError(f"holds a {type(table).__name__}, not a table of tensors")
+            raise Foreign(f"{file}: holds a {type(table).__name__}, not a table of tensors; {remedy}")
         return table, {}
 
 
@@ -263,7 +349,10 @@ def read_word(file):
     import torch
 
     remedy = "take another checkpoint, or move it away if it is not of this result"
-    table, metadata = read_table(file, f"the file is corrupt; {remedy}")
+    try:
+        table, metadata = read_table(file, f"the file is corrupt; {remedy}")
+    except Foreign:
+        return None
     if EXPORTED in metadata:
         return None  # an earlier export may lie in the same folder
     if not all(torch.is_tensor(value) for value in table.values()):
@@ -284,7 +373,7 @@ def find_words(folder, settings):
     if is_recorded:
         names = [word for word in (settings["modifier_token"] or "").split("+") if word]
     else:
-        files = [file for suffix in SUFFIXES for file in folder.glob(f"*{suffix}")]
+        files = [file for suffix in SUFFIXES for file in folder.glob(f"*{suffix}") if file.is_file()]
         names = sorted({file.stem for file in files} - {WEIGHTS_NAME})
     found = {}
     for name in names:
@@ -419,9 +508,16 @@ def read_base(args, subject, names):
     configs = ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json")
     wanted = [*configs, *(f"unet/{pattern}" for pattern in patterns)]
     folder = find_folder(args.pretrained_model_name_or_path, subject, wanted, args.revision)
-    with failing_as(subject, "give a Stable Diffusion 1.x, 2.x or XL in diffusers format"):
-        tables = [json.loads((folder / file).read_text("utf-8")) for file in configs]
-        index, unet, scheduler = tables
+    remedy = "give a Stable Diffusion 1.x, 2.x or XL in diffusers format"
+    inside = find_inside(folder, configs[0])
+    if inside and not os.path.lexists(folder / configs[0]):
+        fail(subject, f"no {configs[0]} in it; give one of the models in it: {inside}")
+    tables = []
+    for file in configs:
+        with failing_as(f"{subject}: {file}", remedy, folder / file):
+            tables.append(json.loads((folder / file).read_text("utf-8")))
+    index, unet, scheduler = tables
+    with failing_as(f"{subject}: {configs[0]}", remedy):
         parts = ("unet", "text_encoder", "text_encoder_2")
         classes = [index.get(part, [None, None])[1] for part in parts]
     is_known = classes[:2] == ["UNet2DConditionModel", "CLIPTextModel"]
@@ -431,11 +527,12 @@ def read_base(args, subject, names):
     if not files:
         there = ", ".join(sorted(file.name for file in (folder / "unet").iterdir()))
         remedy = "give --variant fp16 if its files are named so, or a model in .safetensors"
-        fail(subject, f"no {patterns[0]} in its unet folder, but {there}; {remedy}")
+        with failing_as(subject, remedy, folder / "unet"):
+            raise FileNotFoundError(f"no {patterns[0]} in its unet folder, but {there}")
     base = {}
     for file in files:
         remedy = "the file is corrupt; download the model again"
-        with failing_as(file, remedy), safe_open(file, "pt") as content:
+        with failing_as(file, remedy, file), safe_open(file, "pt") as content:
             keys = content.keys()
             for key in keys:
                 if key in names or key.endswith(".attn2.to_k.weight"):
@@ -503,7 +600,7 @@ def shape_of(tensors, name):
     return tuple(tensors[name].shape) if name in tensors else "missing"
 
 
-def subtract(result, base, unet, subject):
+def subtract(result, base, subject):
     """Returns trained - base by name; fails if the result is of a model with other layers."""
     remedy = "give the model that the result was trained on"
     for name in sorted(result.weights.keys() | base.keys()):
@@ -511,7 +608,7 @@ def subtract(result, base, unet, subject):
         theirs = shape_of(base, name)
         if ours != theirs:
             fail(subject, f"{name} is {ours} in the result and {theirs} in this model; {remedy}")
-    dim = unet["cross_attention_dim"]
+    dim = next(value.shape[1] for name, value in base.items() if name.endswith(".attn2.to_k.weight"))
     for word, rows in result.words.items():
         count = sum(row.numel() for row in rows.values())
         if count != dim:

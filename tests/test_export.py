@@ -4,6 +4,7 @@ Two results are exported. sd1: keys and values of a Stable Diffusion 1.x. sd2: q
 (crossattn), of a Stable Diffusion 2.x, with two words. The models differ in their layers and in how they are described.
 """
 
+import argparse
 import contextlib
 import io
 import json
@@ -251,6 +252,20 @@ def test_metadata(name, results, tmp_path):
         assert [sorted(words) for words in tags.values()] == [sorted(word.strip("<>") for word in WORDS[name])]
 
 
+@pytest.mark.parametrize("size", ["absent", None, [16, 24]])
+def test_configuration_without_a_size(size, results, tmp_path):
+    """Files of other trainers lack what a picture's size would come from; nothing else needs it."""
+    model, folder = results["sd1"]
+    other = shutil.copytree(model, tmp_path / "model")
+    config = json.loads((other / "unet" / "config.json").read_text()) | {"sample_size": size}
+    left_out = ("sample_size", "cross_attention_dim") if size == "absent" else ()
+    (other / "unet" / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in left_out}))
+    export_here(folder, other, tmp_path / "cat.safetensors")
+    with safe_open(tmp_path / "cat.safetensors", "pt") as content:
+        found = content.metadata()
+    assert "modelspec.resolution" not in found and METADATA["sd1"].items() <= found.items()
+
+
 # Exact differences
 
 
@@ -309,6 +324,12 @@ def test_words(name, results, tmp_path):
         assert torch.equal(pipeline.text_encoder.get_input_embeddings().weight[row], expected)
 
 
+@pytest.mark.parametrize("word, name", [("<new1>", "new1"), ("[V]", "V"), ("S*", "S"), ("(a){b}", "ab")])
+def test_names_of_words(word, name):
+    """Neither Windows nor the weights of a prompt's syntax stand in the way of the name."""
+    assert script.plain_name(word) == name
+
+
 def test_export_into_the_results_own_folder(results, tmp_path):
     """Files of an earlier export are no part of the result, and the result's own files stay as they are."""
     model, folder = results["sd1"]
@@ -347,10 +368,14 @@ def test_words_without_a_record(results, tmp_path):
     save_file({"apple1": row}, result / "apple1.safetensors")
     save_file({"conv_in.weight": row}, result / "other.safetensors")
     torch.save({"state": {}}, result / "optimizer.bin")
+    torch.save(argparse.Namespace(seed=42), result / "training_args.bin")
+    torch.save([row], result / "list.bin")
+    (result / "folder.bin").mkdir()
+    os.mkfifo(result / "pipe.bin")
     said = export_here(result, model, tmp_path / "cat.safetensors")
     assert f"{result}: <New1>, <new2>, apple1;" in said
     left_out = re.findall("^Leaving out (\\S+),", said, re.MULTILINE)
-    assert left_out == ["optimizer.bin", "other.safetensors"]
+    assert left_out == ["list.bin", "optimizer.bin", "other.safetensors", "training_args.bin"]
 
 
 def test_result_in_bin_alone(results, tmp_path):
@@ -589,17 +614,17 @@ def refusals(results, tmp_path_factory):
 
 
 BAD_RESULTS = {
-    "nowhere": ["nowhere: neither a folder nor a hub repository"],
-    "a file.safetensors": ["neither a folder nor a hub repository"],
+    "nowhere": ["nowhere: no such folder", "check the name"],
+    "a file.safetensors": ["a file; give a folder"],
     "empty": ["no pytorch_custom_diffusion_weights.safetensors", "output_dir"],
-    "pickled": [f"{WEIGHTS}.bin", "corrupt"],
+    "pickled": [f"{WEIGHTS}.bin", "no tensors", "give a Custom Diffusion result"],
     "list": [f"{WEIGHTS}.bin", "a list"],
     "nested": [f"{WEIGHTS}.bin", "state_dict"],
     "pointer": [f"{WEIGHTS}.bin", "git lfs pull"],
     "word gone": ["<new1>.safetensors", "missing"],
     "broken record": ["record", "corrupt"],
     "no vector": ["<new1>.safetensors", "no embedding"],
-    "unfinished": ["give one of its checkpoints: checkpoint-4"],
+    "unfinished": ["give one of the results in it: checkpoint-4"],
     "truncated": ["truncated", WEIGHTS, "corrupt"],
     "truncated word": ["<new1>.safetensors", "corrupt"],
     "foreign": ["unet.conv_in.weight", "give a Custom Diffusion result"],
@@ -614,7 +639,7 @@ BAD = BAD_RESULTS | {
     "no unet files": ["no diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin", "--variant"],
     "broken model": ["diffusion_pytorch_model.safetensors", "corrupt"],
     "no model": ["model_index.json", "2.x or XL"],
-    "no such model": ["--pretrained_model_name_or_path", "nowhere"],
+    "no such model": ["--pretrained_model_name_or_path", "nowhere: no such folder"],
     "other model": ["is missing in the result and (32, 32) in this model", "give the model that the result was"],
     "other sizes": ["in the result and", "give the model that the result was trained on"],
     "own file": ["--output", "choose another name"],
@@ -651,6 +676,43 @@ def test_bad_arguments(name, refusals):
 
 def test_bad_input_writes_nothing(refusals):
     assert [file.name for file in refusals[1].glob("out*")] == []
+
+
+def refusal(result, model, output, **values):
+    """The line with which the script ends."""
+    with pytest.raises(SystemExit) as ended:
+        export_here(result, model, output, **values)
+    assert str(ended.value).startswith("error: ") and len(str(ended.value).splitlines()) == 1
+    return str(ended.value)
+
+
+def test_folder_around_the_one_that_is_meant(results, tmp_path):
+    """As in a cache of the hub: the line names the folder inside."""
+    model, folder = results["sd1"]
+    shutil.copytree(model, tmp_path / "models--me--sd" / "snapshots" / "abc")
+    shutil.copytree(folder, tmp_path / "models--me--cat" / "snapshots" / "def")
+    line = refusal(folder, tmp_path / "models--me--sd", tmp_path / "cat.safetensors")
+    assert "no model_index.json" in line and line.endswith(": snapshots/abc")
+    line = refusal(tmp_path / "models--me--cat", model, tmp_path / "cat.safetensors")
+    assert f"no {WEIGHTS}" in line and line.endswith(": snapshots/def")
+
+
+def test_checkpoint_of_diffusers_script(results, tmp_path):
+    """It is a checkpoint, but holds the state of a training alone."""
+    for name in ("model.safetensors", "random_states_0.pkl"):
+        (tmp_path / name).write_bytes(b"")
+    assert "the diffusers script" in refusal(tmp_path, results["sd1"][0], tmp_path / "cat.safetensors")
+
+
+def test_file_that_the_disk_does_not_give(results, tmp_path):
+    """It is not the file that is wrong."""
+    model, folder = results["sd1"]
+    other = shutil.copytree(model, tmp_path / "model")
+    file = other / "unet" / "diffusion_pytorch_model.safetensors"
+    file.unlink()
+    file.symlink_to("/proc/version")  # can't be mapped into memory, as files on some network disks
+    line = refusal(folder, other, tmp_path / "cat.safetensors")
+    assert line.startswith(f"error: {file}: ") and "local disk" in line and "corrupt" not in line
 
 
 def test_error_is_one_line_of_a_process(results, tmp_path):

@@ -260,7 +260,7 @@ def test_another_tokenizer(results, sd1, tmp_path):
     merge_here(results["cat"], model=sd1, output_dir=tmp_path / "same")
     assert same_weights(tmp_path / "run", tmp_path / "same")
     line = refusal(results["cat"], model=other, output_dir=tmp_path / "no", tokenizer_name=tmp_path / "gone")
-    assert line.startswith(f"error: --tokenizer_name {tmp_path / 'gone'}: ") and "\n" not in line
+    assert line.startswith(f"error: --tokenizer_name {tmp_path / 'gone'}: no such folder") and "\n" not in line
 
 
 # Words and phrases
@@ -502,6 +502,8 @@ def broken(results, sd1, tmp_path):
         "other base models": ([cat, other], {"rename": [f"{other}:<new1>=<new2>"]}, ["different base models"]),
         "other shapes": ([cat], {"model": ROOT / "assets" / "model"}, ["is (", "in this model"]),
         "no captions": ([cat], {"captions": tmp_path / "gone.txt"}, ["--captions", "gone.txt"]),
+        "no such model": ([cat], {"model": tmp_path / "gone"}, ["--pretrained_model_name_or_path", "no such folder"]),
+        "no such folder or repository": ([cat], {"model": "models/sd"}, ["models/sd", "there is no such folder"]),
     }
 
 
@@ -566,6 +568,87 @@ def test_ridge_follows_the_features_size(factor):
 # The machine
 
 
+def both_scripts(result, model, folder):
+    """{name: command} of merge.py, and of export.py for a whole model."""
+    export = ROOT / "scripts" / "export.py"
+    to_model = flags(pretrained_model_name_or_path=model, output=folder / "export", format="model")
+    return {
+        "merge": [MERGE, *words_of(result, model=model, output_dir=folder / "merge", weight=1e-3)],  # with a warning
+        "export": [export, result, *to_model],
+    }
+
+
+@pytest.mark.parametrize("kind", ["broken pipe", "full disk", "closed"])
+@pytest.mark.parametrize("name", ["merge", "export"])
+def test_output_that_cannot_be_written(name, kind, results, sd1, tmp_path):
+    """The result is written all the same: stdout and stderr are no part of it."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open("/dev/full", "w") as full:
+        options = {"stdout": writer, "stderr": writer}
+        if kind == "full disk":
+            options = {"stdout": full, "stderr": full}
+        elif kind == "closed":
+            options = {"stdout": None, "stderr": None, "preexec_fn": lambda: os.closerange(1, 3)}
+        command = both_scripts(results["cat"], sd1, tmp_path)[name]
+        process = run(sys.executable, *command, capture_output=False, **options)
+    os.close(writer)
+    assert process.returncode == 0
+    (file,) = tmp_path.glob(f"merge/{WEIGHTS}.safetensors" if name == "merge" else "export/unet/*.safetensors")
+    assert load_file(file)
+
+
+def test_letters_that_the_output_lacks(results, sd1, tmp_path):
+    """A word in another script, on a console that has no letters for it."""
+    cat = rename_words(copy_result(results["cat"], tmp_path / "cat"), {"<new1>": "<猫>"})
+    for command in both_scripts(cat, sd1, tmp_path).values():
+        process = run(sys.executable, *command, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+        assert process.returncode == 0 and "<\\u732b>" in process.stdout, process.stderr
+    assert (tmp_path / "merge" / "<猫>.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["merge", "export"])
+def test_ways_to_start_python(name):
+    script = ROOT / "scripts" / f"{name}.py"
+    for words in (["-m", f"scripts.{name}"], ["-P", script], ["-I", script], ["-OO", script]):
+        # -P is of Python 3.11
+        if words[0] != "-P" or sys.version_info >= (3, 11):
+            process = run(sys.executable, *words, "--help", cwd=ROOT)
+            assert process.returncode == 0 and "--pretrained_model_name_or_path" in process.stdout, process.stderr
+
+
+@pytest.mark.parametrize("name", ["merge", "export"])
+def test_broken_package(name, results, sd1, tmp_path):
+    """It is named, and not what was being read; or it does not matter to this version of transformers."""
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    (tmp_path / "torchvision-99.0.dist-info").mkdir()
+    metadata = "Metadata-Version: 2.1\nName: torchvision\nVersion: 99.0\n"
+    (tmp_path / "torchvision-99.0.dist-info" / "METADATA").write_text(metadata)
+    command = both_scripts(results["cat"], sd1, tmp_path)[name]
+    process = run(sys.executable, *command, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    if process.returncode:
+        (line,) = process.stderr.splitlines()
+        assert line.startswith("error: packages: torchvision: operator torchvision::nms") and "pip install" in line
+
+
+@pytest.mark.parametrize("file", ["unet/config.json", "model_index.json", "unet/diffusion_pytorch_model.safetensors",
+                                  "tokenizer/vocab.json", "text_encoder/model.safetensors"])  # fmt: skip
+@pytest.mark.parametrize("kind", ["pointer", "link"])
+def test_content_that_was_left_elsewhere(kind, file, results, sd1, tmp_path):
+    """A model cloned without Git LFS, or copied without what its links stand for: the line names the file."""
+    model = shutil.copytree(sd1, tmp_path / "model")
+    (model / file).unlink()
+    if kind == "pointer":
+        (model / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 100\n")
+    else:
+        (model / file).symlink_to("../../blobs/gone")
+    remedy = "run git lfs pull" if kind == "pointer" else "cp -rL"
+    for command in both_scripts(results["cat"], model, tmp_path).values():
+        process = fork_script(*command)
+        lines = [line for line in process.stderr.splitlines() if not line.startswith("warning: ")]
+        assert len(lines) == 1 and lines[0].startswith(f"error: {model / file}: ") and remedy in lines[0], lines
+
+
 def test_without_torch(results, tmp_path):
     """One line, as for the trainer."""
     code = "import sys, runpy; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; "
@@ -578,7 +661,7 @@ def test_without_torch(results, tmp_path):
 
 
 def test_pickle_runs_no_code(results, sd1, tmp_path):
-    """A .bin that would write a file when it is unpickled."""
+    """A .bin that would write a file when it is unpickled; a word's is left out, as no record names it."""
 
     class Bomb:
         def __reduce__(self):
@@ -588,7 +671,8 @@ def test_pickle_runs_no_code(results, sd1, tmp_path):
         folder = only_bin(copy_result(results["cat"], tmp_path / name))
         torch.save({"<new1>": Bomb()}, folder / f"{name}.bin")
         line = refusal(folder, model=sd1, output_dir=tmp_path / "run", concepts=["<new1> cat"])
-        assert line.startswith(f"error: {folder / name}.bin: ") and "\n" not in line
+        subject = folder / f"{WEIGHTS}.bin" if name == WEIGHTS else folder
+        assert line.startswith(f"error: {subject}: ") and "\n" not in line and "weights_only" not in line
     assert not (tmp_path / "exploded").exists()
 
 
