@@ -97,26 +97,36 @@ def fail(subject, problem):
     raise SystemExit(f"error: {subject}: {problem}") from None
 
 
-def shorten(error):
-    """What an exception says, or what it is if it says nothing, on one line.
-
-    The line begins with the package that was being imported, if one was.
-    """
+def find_cause(error):
+    """The exception behind those by which lazy imports hide which package is broken."""
     while isinstance(error, (ImportError, RuntimeError)) and error.__cause__:
-        error = error.__cause__  # lazy imports hide which package is broken
-    said = str(error) or type(error).__name__
-    modules = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == "<module>"]
-    package = modules[-1].f_globals["__name__"].partition(".")[0] if modules else __name__
-    if package != __name__:
-        said = f"{package}: {said}"
-    return textwrap.shorten(said, 400).rstrip(".")
+        error = error.__cause__
+    return error
 
 
-def find_pointers(place):
-    """Files that stand for others which Git LFS has not fetched, in a folder, or the file itself."""
-    files = [place] if place.is_file() else sorted(place.rglob("*"))
-    small = [file for file in files if file.is_file() and file.stat().st_size < 1024]
-    return [file for file in small if file.read_bytes().startswith(b"version https://git-lfs")]
+def broken_package(error):
+    """The package whose import an exception ended, None if it ended none."""
+    frames = [frame for frame, _ in traceback.walk_tb(find_cause(error).__traceback__)]
+    modules = [frame.f_globals["__name__"] for frame in frames if frame.f_code.co_name == "<module>"]
+    return modules[-1].partition(".")[0] if modules and modules[-1] != __name__ else None
+
+
+def shorten(error):
+    """What an exception says, or what it is if it says nothing, on one line; first the package that it broke."""
+    cause = find_cause(error)
+    said = [broken_package(error), str(cause) or type(cause).__name__]
+    return textwrap.shorten(": ".join(filter(None, said)), 400).rstrip(".")
+
+
+def find_absent(place):
+    """What to do about a folder, or a file, whose content was left elsewhere; None if it was not."""
+    for file in sorted(place.rglob("*")) if place.is_dir() else [place]:
+        if file.is_symlink() and not file.exists():
+            return f"{file} is a link to nothing: copy what it stands for as well (cp -rL)"
+        is_small = file.is_file() and file.stat().st_size < 1024
+        if is_small and file.read_bytes().startswith(b"version https://git-lfs"):
+            return f"{file} only stands for a file that Git LFS has not fetched: run git lfs pull"
+    return None
 
 
 @contextlib.contextmanager
@@ -128,10 +138,10 @@ def failing_as(subject, remedy, place=None):
     try:
         yield
     except Exception as error:
-        pointers = find_pointers(Path(place)) if place else []
-        if pointers:
-            remedy = f"{pointers[0]} only stands for a file that Git LFS has not fetched: run git lfs pull"
-        fail(subject, f"{shorten(error)}; {remedy}")
+        absent = find_absent(Path(place)) if place else None
+        if broken_package(error):  # what was being done has nothing to do with it
+            fail("packages", f"{shorten(error)}; {INSTALL}")
+        fail(subject, f"{shorten(error)}; {absent or remedy}")
 
 
 @contextlib.contextmanager
@@ -1073,9 +1083,11 @@ def check_base_model(args):
     with failing_as(model, f"give a hub id within reach or a folder in diffusers format; {convert}", name):
         if not Path(name).exists() and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
             raise FileNotFoundError("no such folder")
-        if Path(name).is_dir() and not Path(name, "model_index.json").is_file():
-            found = ", ".join(sorted(os.listdir(name))[:5])
-            raise FileNotFoundError(f"no model_index.json but {found or 'nothing'}")
+        if Path(name).is_dir() and not Path(name, "model_index.json").exists():
+            # In a hub's cache it lies in snapshots/<commit>.
+            inner = [*Path(name).glob("*/model_index.json"), *Path(name).glob("*/*/model_index.json")]
+            found = [str(file.relative_to(name)) for file in inner] or sorted(os.listdir(name))[:5] or ["nothing"]
+            raise FileNotFoundError(f"no model_index.json but {', '.join(found)}")
         index = DiffusionPipeline.load_config(name, revision=args.revision)
     # Pipelines of distilled models have other names, so the parts decide.
     known = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
@@ -1286,7 +1298,8 @@ def build_models(args, accelerator, pipeline, word_ids, initializer_ids):
     for network in (*text_encoders, unet, vae):
         network.requires_grad_(False)
     if use_xformers:
-        unet.enable_xformers_memory_efficient_attention()  # the self-attention
+        with failing_as("--enable_xformers_memory_efficient_attention", "leave it out"):
+            unet.enable_xformers_memory_efficient_attention()  # the self-attention
     # important: what is trained is made of float32 weights, before the frozen networks are cast.
     processors = custom_diffusion_processors(unet, args.freeze_model, use_xformers)
     unet.to(dtype).set_attn_processor(processors)
@@ -2205,7 +2218,8 @@ def build_optimizer(args, parameters, samples_per_step, max_train_steps):
         "eps": args.adam_epsilon,
     }
     if args.use_8bit_adam:
-        optimizer = importlib.import_module("bitsandbytes").optim.AdamW8bit(parameters, **settings)
+        with failing_as("--use_8bit_adam", "leave it out"):
+            optimizer = importlib.import_module("bitsandbytes").optim.AdamW8bit(parameters, **settings)
     else:
         optimizer = torch.optim.AdamW(parameters, fused=True, **settings)
     subject = f"--lr_scheduler {args.lr_scheduler}"

@@ -496,6 +496,21 @@ def config_changed(part, change):
     return make
 
 
+def link_to_nothing(folder):
+    """Change: the UNet's file is a link, as in a hub's cache, and was copied as such."""
+    (folder / UNET).unlink()
+    (folder / UNET).symlink_to("../../blobs/0123")
+
+
+def in_a_cache(folder):
+    """Change: the model lies where a hub's cache has it."""
+    place = folder / "snapshots" / "abc"
+    place.mkdir(parents=True)
+    for part in list(folder.iterdir()):
+        if part.name != "snapshots":
+            part.rename(place / part.name)
+
+
 def pointer_for(name):
     """Change: a file stands for one that Git LFS has not fetched."""
     return lambda folder: (folder / name).write_text(POINTER)
@@ -632,6 +647,8 @@ MODEL = {
         broken(pointer_for("text_encoder/config.json")),
         ["text_encoder/config.json", "git lfs pull"],
     ),
+    "link to what was not copied": (broken(link_to_nothing), [NAME, UNET, "link to nothing", "cp -rL"]),
+    "a hub's cache": (broken(in_a_cache), [NAME, "broken", "no model_index.json but snapshots/abc/model_index.json"]),
     "index not fetched": (broken(pointer_for("model_index.json")), ["model_index.json", "git lfs pull"]),
     "no such variant": (given(variant="fp16"), [NAME, "fp16"]),
     # packages that are there, unlike a GPU
