@@ -491,6 +491,8 @@ def convert(content, args):
             return buffer.getvalue(), digest
     except Failure:
         raise
+    except Image.DecompressionBombError as error:
+        raise Failure("too many pixels") from error
     except Exception as error:  # Pillow's decoders raise many kinds
         raise Failure("not a readable picture") from error
 

@@ -461,8 +461,8 @@ class Concept:
 
     instance_prompt: str
     instance_samples: list
-    sources: dict
-    masks: dict
+    sources: dict = dataclasses.field(default_factory=dict)
+    masks: dict = dataclasses.field(default_factory=dict)
     class_prompt: str | None = None
     class_data_dir: Path | None = None
     class_samples: list = dataclasses.field(default_factory=list)
@@ -2068,7 +2068,8 @@ def report_step(accelerator, progress, step, step_loss, learning_rate):
     # The host waits for the device here, and in the loop where all processes agree on stopping.
     loss = accelerator.reduce(step_loss, "mean").item()
     if not math.isfinite(loss):
-        fail(f"step {step}", f"the loss is {loss}; lower --learning_rate, or give --mixed_precision no or bf16")
+        remedy = "lower --learning_rate, give --mixed_precision no or bf16, or take another base model"
+        fail(f"step {step}", f"the loss is {loss}; {remedy}")
     progress.set_postfix(loss=f"{loss:.4f}", lr=f"{learning_rate:.2e}", refresh=False)
     progress.update()
     with reporting(accelerator):

@@ -27,10 +27,9 @@ def heard(words, tmp_path_factory):
     return load_trained(folder)
 
 
-@pytest.mark.parametrize("reader", ["head -1", "true"])
-def test_reader_that_goes_away(reader, words, heard, tmp_path):
+def test_reader_that_goes_away(words, heard, tmp_path):
     """As `| head`, a closed terminal or a `tee` without room: the run ends as if it were heard."""
-    command = f'"$@" 2>&1 | {reader}; exit ${{PIPESTATUS[0]}}'
+    command = '"$@" 2>&1 | head -1; exit ${PIPESTATUS[0]}'
     process = run("bash", "-c", command, "bash", sys.executable, SCRIPT, *words(tmp_path / "run"))
     assert process.returncode == 0 and "Traceback" not in process.stdout
     assert same_bits(load_trained(tmp_path / "run"), heard)
@@ -42,16 +41,15 @@ def test_output_on_a_full_disk(words, heard, tmp_path):
     assert process.returncode == 0 and same_bits(load_trained(tmp_path / "run"), heard)
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-def test_letters_that_a_terminal_lacks(encoding, words, tmp_path):
+def test_letters_that_a_terminal_lacks(words, tmp_path):
     """They are printed as escapes, by the error line, too."""
     values = {"modifier_token": "<猫>", "instance_prompt": "photo of a <猫> café cat", "max_train_steps": 1}
-    env = os.environ | {"PYTHONIOENCODING": encoding}
-    process = run(sys.executable, SCRIPT, *words(tmp_path / "run", **values), env=env, encoding=encoding)
+    env = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    process = run(sys.executable, SCRIPT, *words(tmp_path / "run", **values), env=env, encoding="cp1252")
     assert process.returncode == 0, process.stderr
     assert r"photo of a <\u732b> caf" in process.stdout
     values["pretrained_model_name_or_path"] = "./猫"
-    process = run(sys.executable, SCRIPT, *words(tmp_path / "gone", **values), env=env, encoding=encoding)
+    process = run(sys.executable, SCRIPT, *words(tmp_path / "gone", **values), env=env, encoding="cp1252")
     assert process.returncode == 1 and r"./\u732b: no such folder" in process.stderr
 
 
@@ -61,10 +59,10 @@ def test_disk_of_the_trackers_fills(words, tmp_path):
         pytest.skip("no user namespaces here, so no small file system")
     folder = tmp_path / "run"
     (folder / "logs").mkdir(parents=True)
-    commands = f'mount -t tmpfs -o size=48k tmpfs {folder}/logs && exec "$@"'
+    commands = f'mount -t tmpfs -o size=32k tmpfs {folder}/logs && exec "$@"'
     process = run(
         "unshare", "-Urm", "bash", "-c", commands, "bash",
-        sys.executable, SCRIPT, *words(folder, max_train_steps=800, resolution=32),
+        sys.executable, SCRIPT, *words(folder, max_train_steps=300, resolution=32),
     )  # fmt: skip
     assert process.returncode == 0, process.stderr[-3000:]
     assert len(re.findall("^warning: trackers left out from here: ", process.stderr, re.MULTILINE)) == 1
