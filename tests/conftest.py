@@ -48,7 +48,11 @@ def sees_gpu():
 
 
 def pytest_collection_modifyitems(items):
-    """Skips the tests marked gpu where there is no GPU."""
+    """Skips the tests marked gpu where there is no GPU, and puts the one that takes minutes first.
+
+    At the end, one process would wait for it.
+    """
+    items.sort(key=lambda item: item.name != "test_blocks")
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked or sees_gpu():
         return

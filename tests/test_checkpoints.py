@@ -3,6 +3,7 @@
 Runs are stopped by kills, signals and a full disk. What is left is complete, and `latest` goes on from it.
 """
 
+import errno
 import fcntl
 import json
 import math
@@ -36,6 +37,7 @@ from observers import (
     die_while_a_picture_is_written,
     hang_in_a_step,
     no_folder_can_be_renamed,
+    no_locks,
     nothing_can_be_renamed,
     slow_disk,
     somebody_reads_a_file,
@@ -46,6 +48,8 @@ from PIL import Image
 from reading import WEIGHTS, load_trained, same_bits, training_state
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from train_custom_diffusion import lock
 
 
 def checkpoints(folder):
@@ -679,41 +683,51 @@ def test_computer_without_memory(shown, six_steps, tmp_path):
 # Two runs in one folder
 
 
-def test_disks_without_locks(one_concept, tmp_path):
-    """Each of their errors costs a line, and no training; five runs in one process, as a notebook starts them."""
-    code = f"""
-import sys
-sys.path[:0] = ["{ROOT}", "{ROOT}/tests"]
-import observers, train_custom_diffusion as trainer
-observers.no_locks(None, 0)
-for _ in range(5):
-    trainer.main(trainer.parse_args(sys.argv[1:]))
-"""
-    process = run(
-        sys.executable, "-c", code, *flags(**FAST | one_concept, max_train_steps=1, output_dir=tmp_path / "run")
-    )
-    assert process.returncode == 0, process.stderr
-    reasons = re.findall(r"\.lock can't be locked \(\[Errno \d+\] (.*)\): take care", process.stdout)
-    assert [reason.split()[0] for reason in reasons] == ["No", "Operation", "Function", "Invalid", "Input/output"]
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EACCES])
+def test_lock_that_a_disk_refuses(number, monkeypatch, capsys, tmp_path):
+    """Each of these errors costs a line, and is not taken for another run."""
+
+    def refuse(stream, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    lock(tmp_path / ".lock")
+    said = capsys.readouterr().out
+    assert re.fullmatch(rf".*/\.lock can't be locked \(.*{os.strerror(number)}\): take care .*\n", said)
+
+
+def test_disk_without_locks(one_concept, tmp_path):
+    """The training takes place."""
+    said = finish(start(tmp_path / "run", observer=no_locks, max_train_steps=1, **one_concept), tmp_path / "run")
+    assert said.count("can't be locked") == 1 and "loads as trained (checked)" in said
 
 
 @pytest.mark.skipif(UNPRIVILEGED and not shutil.which("setpriv"), reason="the root user may read everything")
-def test_lock_of_another_user(one_concept, tmp_path):
+def test_lock_of_another_user(tmp_path):
     """One that may be read is a lock as any other; one that may not be costs a line."""
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / ".lock").touch()
-    words = flags(**FAST | one_concept, max_train_steps=1, output_dir=folder)
-    for mode, lines in ((0o444, 0), (0, 1)):
-        (folder / ".lock").chmod(mode)
-        process = run(*UNPRIVILEGED, sys.executable, SCRIPT, *words)
-        assert process.returncode == 0, process.stderr
-        assert process.stdout.count("can't be locked ([Errno 13] Permission denied") == lines
-    (folder / ".lock").chmod(0o444)
-    with open(folder / ".lock") as stream:
+    for name, mode in (("readable", 0o444), ("unreadable", 0), ("taken", 0o444)):
+        (tmp_path / name).touch()
+        (tmp_path / name).chmod(mode)
+    code = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, "{ROOT}")
+from train_custom_diffusion import lock
+for name in ("readable", "unreadable", "taken"):
+    try:
+        lock(Path("{tmp_path}", name))
+        print(name, "goes on")
+    except BlockingIOError:
+        print(name, "is another run's")
+"""
+    with open(tmp_path / "taken") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
-        process = run(*UNPRIVILEGED, sys.executable, SCRIPT, *words)
-    assert process.returncode == 1 and "another run" in process.stderr
+        process = run(*UNPRIVILEGED, sys.executable, "-c", code)
+    lines = process.stdout.splitlines()
+    assert [lines[0], *lines[2:]] == ["readable goes on", "unreadable goes on", "taken is another run's"], (
+        process.stderr
+    )
+    assert "unreadable can't be locked ([Errno 13] Permission denied" in lines[1]
 
 
 def test_second_run_in_a_folder_is_told(six_steps, tmp_path):
