@@ -138,9 +138,9 @@ def failing_as(subject, remedy, place=None):
     try:
         yield
     except Exception as error:
-        absent = find_absent(Path(place)) if place else None
         if broken_package(error):  # what was being done has nothing to do with it
             fail("packages", f"{shorten(error)}; {INSTALL}")
+        absent = find_absent(Path(place)) if place else None
         fail(subject, f"{shorten(error)}; {absent or remedy}")
 
 
@@ -209,19 +209,18 @@ def number(kind, least, below=math.inf):
     return parse
 
 
-def string(value):
-    """argparse type: text in Unicode's normal form C, and not empty, as a shell's unset variable is."""
+def path(value):
+    """argparse type: a path, or a name on the hub; not empty, as a shell's unset variable is."""
     if not value:
         raise argparse.ArgumentTypeError("is empty; give a value, or leave the flag out")
+    return os.path.expanduser(value)  # bash leaves the ~ of --flag=~/folder alone
+
+
+def string(value):
+    """argparse type: text in Unicode's normal form C, and not empty either."""
+    path(value)
     value.encode()  # ValueError for what is no UTF-8
     return normal_form(value)
-
-
-def path(value):
-    """argparse type: a path, or a name on the hub. bash leaves the ~ of --flag=~/folder alone."""
-    if not value:
-        raise argparse.ArgumentTypeError("is empty; give a value, or leave the flag out")
-    return os.path.expanduser(value)
 
 
 normal_form = functools.partial(unicodedata.normalize, "NFC")
@@ -1347,7 +1346,7 @@ class PromptDataset(list):
         super().__init__(missing.values())
 
 
-def generate_class_images(args, accelerator, concepts):
+def generate_class_images(args, accelerator, concepts, base_tokenizers):
     """Fills every class folder up to num_class_images with pictures of the plain base model."""
     if not args.with_prior_preservation or args.real_prior:
         return
@@ -1357,7 +1356,7 @@ def generate_class_images(args, accelerator, concepts):
         return
     default = "fp16" if accelerator.device.type == "cuda" else "no"
     dtype = DTYPES.get(args.prior_generation_precision or default, torch.float32)
-    pipeline = load_pipeline(args, load_tokenizers(args), dtype).to(accelerator.device, dtype)
+    pipeline = load_pipeline(args, base_tokenizers, dtype).to(accelerator.device, dtype)
     pipeline.vae.enable_slicing()  # decoded one at a time: pictures are what takes memory
     share = dataset[accelerator.process_index :: accelerator.num_processes]
     starts = range(0, len(share), args.sample_batch_size)
@@ -2333,7 +2332,7 @@ def train(args):
     tokenizers, base_tokenizers = load_tokenizers(args), load_tokenizers(args)  # these never see the words
     word_ids, initializer_ids = zip(*(add_words(tokenizer, args) for tokenizer in tokenizers), strict=True)
     check_prompts(tokenizers[0], concepts, modifier_tokens(args), is_prefixed=not args.noaug)
-    generate_class_images(args, accelerator, concepts)
+    generate_class_images(args, accelerator, concepts, base_tokenizers)
 
     # Setup models; the pipeline draws the validation pictures with the networks that are being trained
     pipeline = load_pipeline(args, tokenizers, training_dtype(accelerator), Float32AttentionUNet)
