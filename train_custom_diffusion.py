@@ -257,7 +257,7 @@ FLAGS = {  # by group: flag, type or choices, default, help
         ("--center_crop", boolean, False, "cut pictures to a centred square first"),
         ("--hflip", boolean, False, "mirror half of the pictures"),
         ("--noaug", boolean, False, "no scale augmentation of the instance pictures"),
-        ("--alpha_mask", boolean, False, "the alpha channel of an instance picture masks the loss"),
+        ("--alpha_mask", boolean, False, "an instance picture's alpha channel, or a mask beside it, masks the loss"),
     ],
     "training": [
         ("--train_batch_size", positive, 4, "instance pictures per device and micro-batch"),
