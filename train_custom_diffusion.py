@@ -53,6 +53,9 @@ NEEDED = (
     "torch>=2.6", "diffusers>=0.35", "transformers>=4.48,<6", "accelerate>=1.0,<2", "numpy>=1.26", "Pillow>=10.1",
 )  # fmt: skip
 INSTALL = "run pip install -r requirements.txt, best in a new environment"
+# Of --keep_apart, as scripts/merge.py has them
+WORD_WEIGHT, CLASS_WEIGHT, RIDGE = 10, 4, 0.01
+PADDING = 10  # tokens after a prompt's end that count; all 60 would outweigh its words
 DEFAULT_INITIALIZERS = "ktn+pll+ucd"
 FAR_PREFIXES = ("a far away ", "very small ")
 CLOSE_PREFIXES = ("zoomed in ", "close up ")
@@ -64,6 +67,7 @@ CAPTION_ENDINGS = (".txt", ".caption")  # kohya's trainer writes the second one
 CAPTION_KEYS = ("text", "caption", "prompt")  # of metadata.jsonl
 # OneTrainer calls the pictures beside 0.png 0-masklabel.png and 0-condlabel.png.
 BESIDE_NAME = re.compile(r"(.+?)[-_.](mask|masklabel|condlabel)", re.IGNORECASE)
+CAPTIONS, TEMPLATES = (Path(__file__).parent / "scripts" / name for name in ("captions.txt", "templates.txt"))
 DECODED_BYTES = 256 * 2**20  # of instance pictures that a data-loader worker keeps
 LAUNCH_VARIABLES = (  # by which launchers, MPI's among them, tell a process of the others
     "WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT",
@@ -253,6 +257,8 @@ FLAGS = {  # by group: flag, type or choices, default, help
         ("--real_prior", boolean, False, "use real class pictures, fetched by retrieve.py; generate none"),
         ("--prior_generation_precision", ("no", "fp32", "fp16", "bf16"), None, "default: fp16 on a GPU"),
         ("--sample_batch_size", positive, 4, "pictures drawn or encoded at once, per device"),
+        ("--keep_apart", boolean, False, "change the model where other prompts hardly look; needs no class pictures"),
+        ("--captions", path, None, "other prompts for --keep_apart, one a line; default: scripts/captions.txt"),
         ("--resolution", positive, 512, "picture size in pixels"),
         ("--center_crop", boolean, False, "cut pictures to a centred square first"),
         ("--hflip", boolean, False, "mirror half of the pictures"),
@@ -352,6 +358,13 @@ def parse_args(input_args=None):
             parser.error(f"--{name} is missing: give it, or --concepts_list")
     if args.real_prior and not args.with_prior_preservation:
         parser.error("--real_prior needs --with_prior_preservation: add it, or leave out --real_prior")
+    if args.keep_apart and (args.freeze_model != "crossattn_kv" or not args.modifier_token):
+        parser.error(
+            "--keep_apart needs --modifier_token and --freeze_model crossattn_kv, as only text can be told apart"
+        )
+    for file in (Path(args.captions or CAPTIONS), TEMPLATES):
+        if args.keep_apart and not file.is_file():
+            parser.error(f"--keep_apart: no file {file}; get it from where this script is from, or give --captions")
     # These trackers record the command line.
     if args.hub_token and args.report_to in ("wandb", "comet_ml", "all"):
         parser.error(f"--hub_token would be shown to --report_to {args.report_to}: use `hf auth login` instead")
@@ -420,7 +433,7 @@ with slow_imports():
     import numpy as np
     import torch
     import transformers
-    from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, InitProcessGroupKwargs
+    from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, InitProcessGroupKwargs, broadcast
     from diffusers import DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, UNet2DConditionModel
     from diffusers.models import attention_processor
     from diffusers.optimization import get_scheduler
@@ -1035,20 +1048,23 @@ class DenoisingModel(nn.Module):
         self.text_encoder = pipeline.text_encoder
         self.text_encoder_2 = getattr(pipeline, "text_encoder_2", None)  # SDXL's
 
-    def forward(self, noisy_latents, timesteps, input_ids, input_ids_2=None, time_ids=None):
-        """(batch, channels, h, w), (batch,), (batch, tokens) -> prediction (batch, channels, h, w).
+    def encode_text(self, input_ids, input_ids_2=None):
+        """(batch, tokens) for each text encoder -> text features (batch, tokens, dim), and SDXL's pooled ones.
 
-        SDXL's UNet sees the last but one layer of both encoders, the pooled output of the second,
-        and time_ids.
+        SDXL's UNet sees the last but one layer of both encoders, and the pooled output of the second.
         """
         if input_ids_2 is None:
-            return self.unet(noisy_latents, timesteps, self.text_encoder(input_ids)[0]).sample
+            return self.text_encoder(input_ids)[0], None
         first = self.text_encoder(input_ids, output_hidden_states=True)
         second = self.text_encoder_2(input_ids_2, output_hidden_states=True)
-        encoder_hidden_states = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1)
         # Transformers pools where the model's configuration says, which may be the new word, for users as well.
-        conditions = {"text_embeds": second.text_embeds, "time_ids": time_ids}
-        return self.unet(noisy_latents, timesteps, encoder_hidden_states, added_cond_kwargs=conditions).sample
+        return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1), second.text_embeds
+
+    def forward(self, noisy_latents, timesteps, input_ids, input_ids_2=None, time_ids=None):
+        """(batch, channels, h, w), (batch,), (batch, tokens) -> prediction (batch, channels, h, w)."""
+        features, pooled = self.encode_text(input_ids, input_ids_2)
+        conditions = None if pooled is None else {"text_embeds": pooled, "time_ids": time_ids}
+        return self.unet(noisy_latents, timesteps, features, added_cond_kwargs=conditions).sample
 
 
 class Float32AttentionUNet(UNet2DConditionModel):
@@ -1323,6 +1339,119 @@ def build_models(args, accelerator, pipeline, word_ids, initializer_ids):
     if accelerator.device.type == "cpu":
         vae.enable_slicing()  # there a picture at a time is faster, and takes less memory
     return model
+
+
+# ---------- Kept apart from the rest of the model ---------------------------------------------------------------
+
+
+def read_captions(file, words=()):
+    """The lines of a text file, without empty ones and those in which one of the words stands."""
+    with failing_as(file, "give a text file with one caption a line", file):
+        lines = [line.strip() for line in read_text(file).splitlines()]
+        captions = [line for line in lines if line and not any(word in line for word in words)]
+        if not captions:
+            raise ValueError("no caption in it" + (f" without {' and '.join(words)}" if any(lines) else ""))
+    return captions
+
+
+@torch.no_grad()
+def gram(model, tokenizers, prompts, words=()):
+    """Mean of f f^T over the text features f of prompts: (dim, dim), float64, on the CPU.
+
+    Of a prompt count the tokens of the `words` or, without these, all up to PADDING after its end.
+    """
+    total, count = 0, 0
+    options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    for start in range(0, len(prompts), 50):
+        ids = [tokenizer(prompts[start : start + 50], **options).input_ids for tokenizer in tokenizers]
+        is_over = (ids[0] == tokenizers[0].eos_token_id).cumsum(1) > 0
+        is_counted = is_over.cumsum(1) <= 1 + PADDING
+        width = is_counted.any(0).sum()  # what follows does not matter, as the encoders are causal
+        if words:
+            is_counted = torch.isin(ids[0], torch.tensor(tokenizers[0].convert_tokens_to_ids(words)))
+        features, _ = model.encode_text(*(each[:, :width].to(model.unet.device) for each in ids))
+        rows = features.double().cpu()[is_counted[:, :width]]
+        total = total + rows.T @ rows
+        count += len(rows)
+    return total / count
+
+
+def class_names(concepts, words):
+    """What stands behind the first word of each concept's prompt, or else before it, without words: ["cat"]."""
+    pattern = re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))))
+    names = []
+    for concept in concepts:
+        before, *behind = pattern.split(concept.instance_prompt)
+        name = " ".join(" ".join(behind).split()) or before.strip()
+        if name and name not in names:
+            names.append(name)
+    return names
+
+
+def invert_others(args, model, tokenizers, concepts):
+    """R^-1 (dim, dim) of the formula in `keep_apart`: the inverse of the mean of f f^T over what is to stay.
+
+    That is captions, prompts with the plain class, and what the new words start from.
+    """
+    words = modifier_tokens(args)
+    templates = read_captions(TEMPLATES)
+    others = gram(model, tokenizers, read_captions(Path(args.captions or CAPTIONS), words))
+    others += RIDGE * others.trace() / len(others) * torch.eye(len(others)).double()
+    for name in class_names(concepts, words):
+        others += CLASS_WEIGHT * gram(model, tokenizers, [each.format(name) for each in templates])
+    for word in words:
+        others += CLASS_WEIGHT * gram(model, tokenizers, [each.format(word) for each in templates], [word])
+    if not others.isfinite().all():
+        remedy = "take another base model, or give --mixed_precision no or bf16"
+        fail("--keep_apart", f"the text features are not finite; {remedy}")
+    # Broadcast, as the weights of all processes have to stay equal to the bit.
+    return broadcast(torch.linalg.inv(others).float().contiguous().to(model.unet.device))
+
+
+def keep_apart(args, optimizer, model, tokenizers, concepts):
+    """With --keep_apart, lets the optimizer change keys and values by way of the new words' own features alone.
+
+    After every step, W becomes W0 + (W - W0) F with F = w C (R + w C)^-1, where C is the mean of
+    f f^T over the words' features as they are now. That is what scripts/merge.py keeps of a change:
+    most of what it does to the words, and little of what it does to other prompts. What is trained
+    is U in W = W0 + U F, so the gradient of W is multiplied by F^T.
+    """
+    if not args.keep_apart:
+        return
+    device = model.unet.device
+    inverse = invert_others(args, model, tokenizers, concepts)
+    openings = list(dict.fromkeys(template.partition("{}")[0] for template in read_captions(TEMPLATES)))
+    prompts = [opening + word for word in modifier_tokens(args) for opening in openings]
+    ids = [tokenizer(prompts, padding=True, return_tensors="pt").input_ids.to(device) for tokenizer in tokenizers]
+    numbers = torch.arange(len(prompts), device=device)
+    places = (ids[0] == tokenizers[0].eos_token_id).int().argmax(1) - 1  # of the words, which come last
+    projections = [parameter for parameter in model.unet.parameters() if parameter.requires_grad]
+    starts = [projection.detach().clone() for projection in projections]
+
+    def find_factors():
+        """F as two factors, (dim, n) and (n, dim), for n prompts."""
+        features, _ = model.encode_text(*ids)
+        own = features[numbers, places].float()
+        reading = own @ inverse
+        total = reading @ own.T + len(openings) / WORD_WEIGHT * torch.eye(len(own), device=device)
+        # Unlike `solve`, this does not wait for the device.
+        return own.T, torch.linalg.solve_ex(total, reading).result
+
+    @torch.no_grad()
+    def filter_gradients(*_):
+        down, up = find_factors()
+        for projection in projections:
+            projection.grad.copy_(projection.grad @ up.T @ down.T)
+
+    @torch.no_grad()
+    def filter_changes(*_):
+        down, up = find_factors()
+        for projection, start in zip(projections, starts, strict=True):
+            projection.copy_(start + (projection - start) @ down @ up)
+
+    # The optimizer's own hooks, as fp16's scaler leaves out some steps.
+    optimizer.register_step_pre_hook(filter_gradients)
+    optimizer.register_step_post_hook(filter_changes)
 
 
 # ---------- Class pictures --------------------------------------------------------------------------------------
@@ -1627,8 +1756,8 @@ def describe_result(args, concepts, pipeline, samples_per_step):
     its fp16 files have the same one.
     """
     names = (
-        "modifier_token", "initializer_token", "freeze_model", "resolution", "center_crop", "hflip", "noaug",
-        "alpha_mask", "with_prior_preservation", "prior_loss_weight", "cache_latents", "seed",
+        "modifier_token", "initializer_token", "freeze_model", "keep_apart", "resolution", "center_crop", "hflip",
+        "noaug", "alpha_mask", "with_prior_preservation", "prior_loss_weight", "cache_latents", "seed",
     )  # fmt: skip
     prompts, captions = [], []
     for concept in concepts:
@@ -2034,7 +2163,7 @@ def print_summary(accelerator, args, result, concepts, trained, max_train_steps,
     """Prints what is trained, from what, on what and how long."""
     starts = tokenizer.convert_ids_to_tokens(initializer_ids)
     count = sum(parameter.numel() for parameter in trained)
-    what = [args.freeze_model]
+    what = [f"{args.freeze_model}, kept apart," if args.keep_apart else args.freeze_model]
     for word, token in zip(result.words, starts, strict=True):
         what.append(f"{word} (from {token.removesuffix('</w>')})")
     lines = [f"Training {count:,} parameters: {' and '.join(what)}"]
@@ -2311,8 +2440,8 @@ def finish(args, accelerator, result, pipeline, base_tokenizers, concepts, step,
         prove_reload(result, accelerator, pipeline, base_tokenizers, concepts)
         checked = "; loads as trained (checked)"
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-    if result.words and args.freeze_model == "crossattn_kv" and not args.with_prior_preservation:
-        # Without class pictures the class has changed as well.
+    is_spoilt = not (args.with_prior_preservation or args.keep_apart)  # the class has changed as well
+    if result.words and args.freeze_model == "crossattn_kv" and is_spoilt:
         print(f"To keep what else the model knows as it was: {merge_command(result, args)}")
     prompt = args.validation_prompt or concepts[0].instance_prompt
     lines = result.lines(args, prompt, str(result.folder))
@@ -2345,6 +2474,7 @@ def train(args):
     samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     max_train_steps = args.max_train_steps or args.num_train_epochs * math.ceil(dataset.epoch_length / samples_per_step)
     optimizer, lr_scheduler = build_optimizer(args, trained, samples_per_step, max_train_steps)
+    keep_apart(args, optimizer, model, tokenizers, concepts)
     result = describe_result(args, concepts, pipeline, samples_per_step)
     checkpoints = Checkpoints(result, accelerator, pipeline, optimizer, lr_scheduler, args.checkpoints_total_limit)
     step = checkpoints.resume(args.resume_from_checkpoint)
@@ -2360,8 +2490,7 @@ def train(args):
     is_main = accelerator.is_main_process
     if step == 0 and is_main:
         validate(args, accelerator, pipeline, step)
-    stopped = False
-    step_loss = 0.0
+    stopped, step_loss = False, 0.0
     progress = tqdm(total=max_train_steps, initial=step, desc="steps", disable=not is_main)
     batches = dataloader if step < max_train_steps else ()  # accelerate 1.0 cannot iterate over nothing
     with delayed_signals() as signals, progress:

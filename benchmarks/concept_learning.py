@@ -58,6 +58,8 @@ BANDED = ["--instance_data_dir", "results/banded_cat", "--instance_prompt", "pho
 BANDED += ["--modifier_token", "<new3>", "--initializer_token", "blue"]
 BOTH = ["--concepts_list", "concept_list.json", "--modifier_token", "<new1>+<new2>"]
 BOTH += ["--initializer_token", "yellow+orange"]
+POT_CLASS = ["--class_data_dir", "assets/regularization/pot", "--class_prompt", "pot"]
+APART = ["--keep_apart", "--captions", "results/captions.txt"]
 RUNS = {  # name: (concepts, flags of a training or results that are merged)
     "with prior": (["cat"], WITH_PRIOR),
     "without prior": (["cat"], QUICKSTART),
@@ -73,6 +75,13 @@ RUNS = {  # name: (concepts, flags of a training or results that are merged)
         ["cat", "pot", "banded cat"],
         ["without prior", "pot without prior", "banded cat without prior"],
     ),
+    "pot with prior": (["pot"], [*MODEL, *POT, *PRIOR, *POT_CLASS, *SETTINGS]),
+    "apart": (["cat"], [*QUICKSTART, *APART]),
+    "pot apart": (["pot"], [*MODEL, *POT, *SETTINGS, *APART]),
+    "banded cat apart": (["banded cat"], [*MODEL, *BANDED, *SETTINGS, *APART]),
+    "cat and pot, apart, joined": (["cat", "pot"], ["apart", "pot apart"]),
+    "two cats, apart, joined": (["cat", "banded cat"], ["apart", "banded cat apart"]),
+    "three, apart, joined": (["cat", "pot", "banded cat"], ["apart", "pot apart", "banded cat apart"]),
 }
 
 SHARED_BACKGROUND = "beach"
@@ -135,6 +144,7 @@ WORDS = {  # the concepts described to the untrained model; the best description
         "half blue half red cat",
     ],
 }
+CAPTIONS = ROOT / "results/captions.txt"
 ENVIRONMENT = {
     # glibc would return every large buffer to the system and ask for it again at the next step
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
@@ -285,17 +295,12 @@ def train(name, seed, flags):
 
 
 def merge(name, seed, results, flags):
-    """Merges results by scripts/merge.py, unless that was done; returns the folder of the new one.
-
-    The captions are of the small world, as the model knows few of the words in the script's own.
-    """
-    rng = random.Random(5)
-    captions = "\n".join(world.caption(world.sample_pretraining(rng), rng) for _ in range(1000))
+    """Merges results by scripts/merge.py, unless that was done; returns the folder of the new one."""
+    captions = CAPTIONS.read_text()
     code = [(ROOT / "scripts" / name).read_bytes() for name in ("merge.py", "results.py")]
     folder = folder_of(name, seed, flags, [result.name for result in results], code, captions)
     if not (folder / f"{WEIGHTS_NAME}.safetensors").exists():
-        (folder / "captions.txt").write_text(captions)
-        options = ["--captions", folder / "captions.txt", "--output_dir", folder, *flags]
+        options = ["--captions", CAPTIONS, "--output_dir", folder, *flags]
         start(folder, "scripts/merge.py", *results, *MODEL, *options)
     return folder
 
@@ -349,8 +354,14 @@ def background_measures(folder, prompts):
     return json.loads(file.read_text())
 
 
-def render_pictures():
-    """Renders the instance pictures that assets/instance lacks."""
+def prepare():
+    """Renders the instance pictures that assets/instance lacks, and writes captions of the small world.
+
+    The model knows few of the words in scripts/captions.txt.
+    """
+    rng = random.Random(5)
+    CAPTIONS.parent.mkdir(exist_ok=True)
+    CAPTIONS.write_text("\n".join(world.caption(world.sample_pretraining(rng), rng) for _ in range(1000)))
     at_the_beach = [SHARED_BACKGROUND] * 5
     render_instances("banded_cat", "banded cat", INSTANCE_BACKGROUNDS["banded cat"])
     render_instances("cat_with_captions", "cat", INSTANCE_BACKGROUNDS["cat"], captions=True)
@@ -496,7 +507,7 @@ def main():
         runs = SHARED_RUNS
     for k in args.cache_latents or ():
         runs[f"{k} cached"] = (["cat"], [*WITH_PRIOR, "--cache_latents", str(k)])
-    render_pictures()
+    prepare()
     settings = (args.model, args.quick)
     set_up(*settings)
     with ProcessPoolExecutor(min(4, os.cpu_count()), initializer=set_up, initargs=settings) as pool:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measures a training step: time, its parts, memory, and how far it is from what the machine can do.
 
-    python benchmarks/step.py [--size mid] [--tables variants memory growth processes data startup] [--rounds 9]
+    python benchmarks/step.py [--size mid] [--tables variants memory growth processes apart data startup] [--rounds 9]
     python benchmarks/step.py --reference train_custom_diffusion_of_diffusers.py
 
 Each row is a process of its own that runs a script's `main` on a model with random weights (made from a config, so
@@ -107,7 +107,8 @@ def tables(size, reference=None):
     growth += [Setup(f"{n} pixels", resolution=n, batch=1) for n in pixels]
     growth += [Setup(f"{n} concept{'s' * (n > 1)}", concepts=n) for n in (1, 2, 5)]
     processes = [Setup(f"{n} process{'es' * (n > 1)}", processes=n, threads=1) for n in (1, 2)]
-    return {"variants": variants, "memory": memory, "growth": growth, "processes": processes}
+    apart = [Setup("exact"), Setup("kept apart", flags=("--keep_apart",))]
+    return {"variants": variants, "memory": memory, "growth": growth, "processes": processes, "apart": apart}
 
 
 # ---------- Model and pictures ----------------------------------------------------------------------------------

@@ -43,46 +43,10 @@ from results import (
     write_result,
 )
 
-OPENINGS = (
-    "photo of a {}",
-    "a photo of a {}",
-    "a picture of a {}",
-    "a {}",
-    "{}",
-    "my {}",
-    "a painting of a {}",
-    "a cute {}",
-    "the {}",
-    "one small {}",
-    "photo of my {}",
-)
-ENDINGS = (
-    "",
-    " on the beach",
-    " in a garden",
-    " at night",
-    " on a table",
-    " on a white background",
-    " next to a house",
-    " on the grass",
-    " in the snow",
-    " at sunset",
-    " on a red background",
-    " on a blue background",
-    " in front of a brick wall",
-    " in front of a green wall",
-    " in a meadow",
-    " in a box",
-    " under a tree",
-    " in the city",
-    " in a room",
-    " on the street",
-    " in front of a mountain",
-    " with a hat",
-)
 # Tokens after the end that count. They see the whole prompt, but all 60 would outweigh its words.
 PADDING = 10
 CAPTIONS = Path(__file__).with_name("captions.txt")
+TEMPLATES = Path(__file__).with_name("templates.txt")
 # What a phrase does not end with: punctuation, and words that lead to what was cut off.
 CONNECTING = "a|an|and|at|behind|beside|by|for|from|in|is|my|near|next|of|on|or|the|to|under|with"
 DANGLING = re.compile(rf"(\s+({CONNECTING})|[\s,.;:])*$")
@@ -236,8 +200,8 @@ def load_tokenizer(args, ending):
 
 
 @torch.no_grad()
-def encode(parts, prompts, first=0):
-    """Text features of prompts, from token `first` to PADDING after the end of each.
+def encode(parts, prompts, first=0, word=None):
+    """Text features of prompts, from token `first` to PADDING after the end of each, or of a word's token alone.
 
     Returns (tokens of all prompts, dim), float64. Token 0, the start, is the same in every prompt. So
     it counts where keys and values are to stay, and not where they are to change. SDXL's features are
@@ -256,7 +220,10 @@ def encode(parts, prompts, first=0):
             found = output[0] if len(parts) == 1 else output.hidden_states[-2]
             hidden_states.append(found.double())
         rows = torch.cat(hidden_states, -1)
-        features += [row[first:stop] for row, stop in zip(rows, stops, strict=True)]
+        if word:
+            features.append(rows[ids[:, : rows.shape[1]] == tokenizer.convert_tokens_to_ids(word)])
+        else:
+            features += [row[first:stop] for row, stop in zip(rows, stops, strict=True)]
     return torch.cat(features)
 
 
@@ -425,11 +392,13 @@ def size(changes, matrix):
 
 def warn_of_loss(inputs):
     """Warns of results from which merging takes more than it has to."""
+    kinds = {"keep_apart": "--keep_apart", "with_prior_preservation": "class pictures"}
     for result in inputs:
+        trained_with = [what for flag, what in kinds.items() if result.settings.get(flag)]
         if result.settings.get("kept_apart"):
             warn(f"{result.name}: was kept apart before; doing it again takes more of the concept away")
-        elif len(inputs) == 1 and result.settings.get("with_prior_preservation"):
-            problem = "was trained with class pictures; keeping it apart as well"
+        elif len(inputs) == 1 and trained_with:
+            problem = f"was trained with {trained_with[0]}; keeping it apart as well"
             warn(f"{result.name}: {problem} takes more of the concept away")
 
 
@@ -459,7 +428,7 @@ def record(inputs, concepts, base, names):
     settings = {"modifier_token": "+".join(words)}
     settings["concepts"] = [[concept.phrase] for concept in concepts]
     settings["base_model_fp16"] = base_digest(base, names)
-    flags = ("kept_apart", "with_prior_preservation")
+    flags = ("kept_apart", "keep_apart", "with_prior_preservation")
     for flag in flags:
         settings[flag] = any(result.settings.get(flag, False) for result in inputs)
     if len(inputs) == 1:
@@ -481,13 +450,18 @@ def merge(args):
 
     # Text features
     parts = load_text_parts(args, concepts, is_xl=bool(unet.get("addition_embed_type")))
-    templates = [opening + ending for opening in OPENINGS for ending in ENDINGS]
+    templates = TEMPLATES.read_text("utf-8").splitlines()
 
-    def features_of(phrase, first):
-        return encode(parts, [template.format(phrase) for template in templates], first)
+    def features_of(phrase, **which):
+        return encode(parts, [template.format(phrase) for template in templates], **which)
 
-    wanted = [features_of(concept.phrase, first=1) for concept in concepts]
-    classes = [features_of(concept.plain, first=0) for concept in concepts if concept.plain]
+    wanted = []
+    for concept in concepts:
+        # --keep_apart trains by way of the word's own features.
+        is_apart = concept.result.settings.get("keep_apart")
+        which = {"word": concept.word} if is_apart else {"first": 1}
+        wanted.append(features_of(concept.phrase, **which))
+    classes = [features_of(concept.plain) for concept in concepts if concept.plain]
     rest = encode(parts, captions)
 
     # The closed form

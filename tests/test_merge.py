@@ -32,7 +32,7 @@ import merge as script  # noqa: E402
 from results import Problem  # noqa: E402
 
 MERGE = ROOT / "scripts" / "merge.py"
-TEMPLATES = [opening + ending for opening in script.OPENINGS for ending in script.ENDINGS]
+TEMPLATES = script.TEMPLATES.read_text().splitlines()
 CAPTIONS = ["a red fish on the beach", "two dogs", "photo of a house at night", "a very old and blue car, striped"] * 2
 
 
@@ -130,18 +130,17 @@ def trained_weights(results, sd1):
     return {k: (base[layer(k)].double().numpy(), [table[k].double().numpy() for table in tables]) for k in tables[0]}
 
 
-def test_least_squares(joined, results, sd1, features):
+def check_least_squares(found, results, sd1, features, concepts, weights):
     """The rows of one overdetermined system, weighted by the square roots of the weights, solved by numpy."""
-    rest, concepts = features(CAPTIONS), parts_of(features, ["<new1> cat", "<new2> pot"])
-    classes = parts_of(features, ["cat", "pot"], first=0)
-    found = load_weights(joined[0])
+    concept_weight, class_weight, ridge_weight = weights
+    rest, classes = features(CAPTIONS), parts_of(features, ["cat", "pot"], first=0)
     for key, (own, ours) in trained_weights(results, sd1).items():
-        ridge = (1e-3 * np.square(rest).mean()) ** 0.5
+        ridge = (ridge_weight * np.square(rest).mean()) ** 0.5
         rows, values = [np.eye(len(own.T)) * ridge], [own.T * ridge]
-        kept = [(rest, 1, own), *((part, 3, own) for part in classes)]
+        kept = [(rest, 1, own), *((part, class_weight, own) for part in classes)]
         for part, weight, target in [
             *kept,
-            *((part, 5, weights) for part, weights in zip(concepts, ours, strict=True)),
+            *((part, concept_weight, weights) for part, weights in zip(concepts, ours, strict=True)),
         ]:
             scale = (weight / len(part)) ** 0.5
             rows.append(scale * part)
@@ -149,6 +148,26 @@ def test_least_squares(joined, results, sd1, features):
         solution = np.linalg.lstsq(np.concatenate(rows), np.concatenate(values), rcond=None)[0].T
         assert np.abs(found[key].numpy() - solution).max() < 2e-5 * np.abs(solution).max(), key
         assert np.abs(solution - own).max() > 1e-3, "the concepts are there"
+
+
+def test_least_squares(joined, results, sd1, features):
+    """The features of the whole phrases are to stay."""
+    concepts = parts_of(features, ["<new1> cat", "<new2> pot"])
+    check_least_squares(load_weights(joined[0]), results, sd1, features, concepts, (5, 3, 1e-3))
+
+
+def test_trained_apart(results, sd1, features, tmp_path):
+    """Of a result of --keep_apart, the features of the word alone are to stay."""
+    cat = copy_result(results["cat"], tmp_path / "cat", keep_apart=True)
+    (tmp_path / "captions.txt").write_text("\n".join(CAPTIONS))
+    options = {"rename": [f"{results['pot']}:<new1>=<new2>"], "captions": tmp_path / "captions.txt"}
+    merge(cat, results["pot"], model=sd1, output_dir=tmp_path / "run", **options)
+    (whole, pot), tokenizer, word = parts_of(features, ["<new1> cat", "<new2> pot"]), loaded_pipeline(sd1).tokenizer, []
+    for template in TEMPLATES:
+        position = len(tokenizer(template.partition("{}")[0]).input_ids) - 1
+        word.append(features([template.format("<new1> cat")])[position])
+    assert len(word) < len(whole)
+    check_least_squares(load_weights(tmp_path / "run"), results, sd1, features, [np.stack(word), pot], (10, 4, 1e-2))
 
 
 def test_the_paper_s_form(results, sd1, features, tmp_path):

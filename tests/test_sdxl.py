@@ -364,7 +364,7 @@ def test_kept_apart(trained, sdxl_end, tmp_path):
             found.append(hidden[0, first : end + 11].double().numpy())
         return np.concatenate(found)
 
-    templates = [opening + ending for opening in script.OPENINGS for ending in script.ENDINGS]
+    templates = script.TEMPLATES.read_text().splitlines()
     parts = [(features(captions, 0), 1, 0)]
     for word, kind in zip(WORDS, ("cat", "pot"), strict=True):
         parts.append((features([text.format(kind) for text in templates], 0), 4, 0))

@@ -51,6 +51,7 @@ WAYS = {
     "cached": {"cache_latents": 2},
     "accumulation": {"gradient_accumulation_steps": 2},
     "channels_last": {"channels_last": True},
+    "kept apart": {"keep_apart": True},
 }
 COMPILERS = ("inductor", "cudagraphs")
 
