@@ -59,7 +59,7 @@ BANDED += ["--modifier_token", "<new3>", "--initializer_token", "blue"]
 BOTH = ["--concepts_list", "concept_list.json", "--modifier_token", "<new1>+<new2>"]
 BOTH += ["--initializer_token", "yellow+orange"]
 POT_CLASS = ["--class_data_dir", "assets/regularization/pot", "--class_prompt", "pot"]
-APART = ["--keep_apart", "--captions", "results/captions.txt"]
+APART = ["--keep_apart", "--captions", "assets/captions.txt"]
 RUNS = {  # name: (concepts, flags of a training or results that are merged)
     "with prior": (["cat"], WITH_PRIOR),
     "without prior": (["cat"], QUICKSTART),
@@ -144,7 +144,7 @@ WORDS = {  # the concepts described to the untrained model; the best description
         "half blue half red cat",
     ],
 }
-CAPTIONS = ROOT / "results/captions.txt"
+CAPTIONS = ROOT / "assets/captions.txt"  # of the small world: the model knows few words of scripts/captions.txt
 ENVIRONMENT = {
     # glibc would return every large buffer to the system and ask for it again at the next step
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
@@ -354,14 +354,8 @@ def background_measures(folder, prompts):
     return json.loads(file.read_text())
 
 
-def prepare():
-    """Renders the instance pictures that assets/instance lacks, and writes captions of the small world.
-
-    The model knows few of the words in scripts/captions.txt.
-    """
-    rng = random.Random(5)
-    CAPTIONS.parent.mkdir(exist_ok=True)
-    CAPTIONS.write_text("\n".join(world.caption(world.sample_pretraining(rng), rng) for _ in range(1000)))
+def render_pictures():
+    """Renders the instance pictures that assets/instance lacks."""
     at_the_beach = [SHARED_BACKGROUND] * 5
     render_instances("banded_cat", "banded cat", INSTANCE_BACKGROUNDS["banded cat"])
     render_instances("cat_with_captions", "cat", INSTANCE_BACKGROUNDS["cat"], captions=True)
@@ -507,7 +501,7 @@ def main():
         runs = SHARED_RUNS
     for k in args.cache_latents or ():
         runs[f"{k} cached"] = (["cat"], [*WITH_PRIOR, "--cache_latents", str(k)])
-    prepare()
+    render_pictures()
     settings = (args.model, args.quick)
     set_up(*settings)
     with ProcessPoolExecutor(min(4, os.cpu_count()), initializer=set_up, initargs=settings) as pool:

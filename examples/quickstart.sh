@@ -13,7 +13,8 @@ export HF_HUB_OFFLINE=1
         train_custom_diffusion.py \
         --pretrained_model_name_or_path assets/model \
         --instance_data_dir assets/instance/cat --instance_prompt "photo of a <new1> cat" \
-        --modifier_token "<new1>" --initializer_token yellow --keep_apart \
+        --modifier_token "<new1>" --initializer_token yellow \
+        --keep_apart --captions assets/captions.txt \
         --resolution 128 --train_batch_size 8 --max_train_steps 500 --noaug --hflip \
         --learning_rate 2e-3 --lr_scheduler cosine --lr_warmup_steps 20 \
         --validation_prompt "photo of a <new1> cat on the grass" --validation_steps 100 --num_validation_images 4 \

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,16 @@ def test_model_is_a_small_stable_diffusion():
     assert pipeline.text_encoder.config.vocab_size == len(pipeline.tokenizer) == 49408
     assert pipeline.vae_scale_factor == 8 and pipeline.unet.config.sample_size == 16
     assert all(torch.isfinite(parameter).all() for parameter in pipeline.unet.parameters())
+
+
+def test_captions(monkeypatch):
+    """They are of the world that the model knows, as tools/make_assets.py makes them, without a new word."""
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    import world
+
+    rng = random.Random(5)
+    expected = [world.caption(world.sample_pretraining(rng), rng) for _ in range(1000)]
+    assert (ASSETS / "captions.txt").read_text().splitlines() == expected
 
 
 def test_xl_adds_little():

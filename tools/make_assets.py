@@ -677,7 +677,7 @@ def save_regularization(folder, kind, n, rng):
 
 
 def save_pictures(args):
-    """Writes instance pictures of the concepts and regularization pictures of their classes."""
+    """Writes instance pictures of the concepts, regularization pictures of their classes, and captions."""
     for kind, backgrounds in INSTANCE_BACKGROUNDS.items():
         rng = random.Random(f"{args.seed} {kind}")
         folder = args.output_dir / "instance" / kind
@@ -685,6 +685,9 @@ def save_pictures(args):
         for i, background in enumerate(backgrounds):
             world.render_concept(kind, background, rng)[0].save(folder / f"{i}.png")
         save_regularization(args.output_dir / "regularization" / kind, kind, 200, rng)
+    rng = random.Random(5)
+    captions = [world.caption(world.sample_pretraining(rng), rng) for _ in range(1000)]
+    (args.output_dir / "captions.txt").write_text("".join(f"{caption}\n" for caption in captions))
 
 
 def save_model(args):
