@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from launching import FAST, ROOT, finish, flags, fork, in_one_process, start, train
+from launching import FAST, ROOT, finish, flags, fork, in_one_process, start
 from observers import record_files_and_weights
 from reading import distance, fresh_pipeline, load_trained, load_weights, movement, same_bits
 from safetensors.torch import load_file, save_file
@@ -165,7 +165,7 @@ def test_processes_stay_equal(one_concept, captions, sd1, tmp_path):
     """Two processes hold the same bits, and what one process learns from as many pictures."""
     values = one_concept | {"keep_apart": True, "captions": captions, "max_train_steps": 3}
     values |= {"learning_rate": 1, "adam_epsilon": 1}
-    train(tmp_path / "two", "accelerate, two processes", observer=record_files_and_weights, **values)
+    fork(tmp_path / "two", processes=2, observer=record_files_and_weights, **values)
     weights = [torch.load(tmp_path / f"two.files{rank}.pt")[0] for rank in (0, 1)]
     assert same_bits(*weights)
     one, two = load_trained(fork(tmp_path / "one", **values, train_batch_size=2)), load_trained(tmp_path / "two")
