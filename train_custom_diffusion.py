@@ -1427,6 +1427,7 @@ def keep_apart(args, optimizer, model, tokenizers, concepts):
     places = (ids[0] == tokenizers[0].eos_token_id).int().argmax(1) - 1  # of the words, which come last
     projections = [parameter for parameter in model.unet.parameters() if parameter.requires_grad]
     starts = [projection.detach().clone() for projection in projections]
+    factors = []  # of F for the words as they are, unless a run begins or is resumed
 
     def find_factors():
         """F as two factors, (dim, n) and (n, dim), for n prompts."""
@@ -1439,13 +1440,14 @@ def keep_apart(args, optimizer, model, tokenizers, concepts):
 
     @torch.no_grad()
     def filter_gradients(*_):
-        down, up = find_factors()
+        down, up = factors or find_factors()
         for projection in projections:
             projection.grad.copy_(projection.grad @ up.T @ down.T)
 
     @torch.no_grad()
     def filter_changes(*_):
-        down, up = find_factors()
+        factors[:] = find_factors()
+        down, up = factors
         for projection, start in zip(projections, starts, strict=True):
             projection.copy_(start + (projection - start) @ down @ up)
 
