@@ -1350,7 +1350,8 @@ def read_captions(file, words=()):
         lines = [line.strip() for line in read_text(file).splitlines()]
         captions = [line for line in lines if line and not any(word in line for word in words)]
         if not captions:
-            raise ValueError("no caption in it" + (f" without {' and '.join(words)}" if any(lines) else ""))
+            which = f" without {' and '.join(words)}" if any(lines) else ""
+            raise ValueError(f"no caption in it{which}")
     return captions
 
 
@@ -1366,7 +1367,8 @@ def gram(model, tokenizers, prompts, words=()):
         ids = [tokenizer(prompts[start : start + 50], **options).input_ids for tokenizer in tokenizers]
         is_over = (ids[0] == tokenizers[0].eos_token_id).cumsum(1) > 0
         is_counted = is_over.cumsum(1) <= 1 + PADDING
-        width = is_counted.any(0).sum()  # what follows does not matter, as the encoders are causal
+        # What follows does not matter, as the encoders are causal.
+        width = is_counted.any(0).sum()
         if words:
             is_counted = torch.isin(ids[0], torch.tensor(tokenizers[0].convert_tokens_to_ids(words)))
         features, _ = model.encode_text(*(each[:, :width].to(model.unet.device) for each in ids))
@@ -1398,9 +1400,11 @@ def invert_others(args, model, tokenizers, concepts):
     others = gram(model, tokenizers, read_captions(Path(args.captions or CAPTIONS), words))
     others += RIDGE * others.trace() / len(others) * torch.eye(len(others)).double()
     for name in class_names(concepts, words):
-        others += CLASS_WEIGHT * gram(model, tokenizers, [each.format(name) for each in templates])
+        prompts = [template.format(name) for template in templates]
+        others += CLASS_WEIGHT * gram(model, tokenizers, prompts)
     for word in words:
-        others += CLASS_WEIGHT * gram(model, tokenizers, [each.format(word) for each in templates], [word])
+        prompts = [template.format(word) for template in templates]
+        others += CLASS_WEIGHT * gram(model, tokenizers, prompts, [word])
     if not others.isfinite().all():
         remedy = "take another base model, or give --mixed_precision no or bf16"
         fail("--keep_apart", f"the text features are not finite; {remedy}")
@@ -1420,9 +1424,14 @@ def keep_apart(args, optimizer, model, tokenizers, concepts):
         return
     device = model.unet.device
     inverse = invert_others(args, model, tokenizers, concepts)
-    openings = list(dict.fromkeys(template.partition("{}")[0] for template in read_captions(TEMPLATES)))
+    # What follows a word does not change its features.
+    openings = [template.partition("{}")[0] for template in read_captions(TEMPLATES)]
+    openings = list(dict.fromkeys(openings))
     prompts = [opening + word for word in modifier_tokens(args) for opening in openings]
-    ids = [tokenizer(prompts, padding=True, return_tensors="pt").input_ids.to(device) for tokenizer in tokenizers]
+    ids = []
+    for tokenizer in tokenizers:
+        tokens = tokenizer(prompts, padding=True, return_tensors="pt")
+        ids.append(tokens.input_ids.to(device))
     numbers = torch.arange(len(prompts), device=device)
     places = (ids[0] == tokenizers[0].eos_token_id).int().argmax(1) - 1  # of the words, which come last
     projections = [parameter for parameter in model.unet.parameters() if parameter.requires_grad]
