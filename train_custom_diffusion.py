@@ -364,7 +364,7 @@ def parse_args(input_args=None):
         )
     for file in (Path(args.captions or CAPTIONS), TEMPLATES):
         if args.keep_apart and not file.is_file():
-            parser.error(f"--keep_apart: no file {file}; get it from where this script is from, or give --captions")
+            parser.error(f"--keep_apart: no file {file}; the folder scripts has to lie beside this script")
     # These trackers record the command line.
     if args.hub_token and args.report_to in ("wandb", "comet_ml", "all"):
         parser.error(f"--hub_token would be shown to --report_to {args.report_to}: use `hf auth login` instead")
@@ -1356,10 +1356,10 @@ def read_captions(file, words=()):
 
 
 @torch.no_grad()
-def gram(model, tokenizers, prompts, words=()):
+def gram(model, tokenizers, prompts):
     """Mean of f f^T over the text features f of prompts: (dim, dim), float64, on the CPU.
 
-    Of a prompt count the tokens of the `words` or, without these, all up to PADDING after its end.
+    Of a prompt count all tokens up to PADDING after its end.
     """
     total, count = 0, 0
     options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
@@ -1369,8 +1369,6 @@ def gram(model, tokenizers, prompts, words=()):
         is_counted = is_over.cumsum(1) <= 1 + PADDING
         # What follows does not matter, as the encoders are causal.
         width = is_counted.any(0).sum()
-        if words:
-            is_counted = torch.isin(ids[0], torch.tensor(tokenizers[0].convert_tokens_to_ids(words)))
         features, _ = model.encode_text(*(each[:, :width].to(model.unet.device) for each in ids))
         rows = features.double().cpu()[is_counted[:, :width]]
         total = total + rows.T @ rows
@@ -1390,21 +1388,19 @@ def class_names(concepts, words):
     return names
 
 
-def invert_others(args, model, tokenizers, concepts):
+def invert_others(args, model, tokenizers, concepts, templates, starts):
     """R^-1 (dim, dim) of the formula in `keep_apart`: the inverse of the mean of f f^T over what is to stay.
 
-    That is captions, prompts with the plain class, and what the new words start from.
+    That is captions, prompts with the plain class, and what the new words start from: `starts`
+    (dim, dim) is the mean over these.
     """
     words = modifier_tokens(args)
-    templates = read_captions(TEMPLATES)
     others = gram(model, tokenizers, read_captions(Path(args.captions or CAPTIONS), words))
     others += RIDGE * others.trace() / len(others) * torch.eye(len(others)).double()
     for name in class_names(concepts, words):
         prompts = [template.format(name) for template in templates]
         others += CLASS_WEIGHT * gram(model, tokenizers, prompts)
-    for word in words:
-        prompts = [template.format(word) for template in templates]
-        others += CLASS_WEIGHT * gram(model, tokenizers, prompts, [word])
+    others += CLASS_WEIGHT * starts.double().cpu()
     if not others.isfinite().all():
         remedy = "take another base model, or give --mixed_precision no or bf16"
         fail("--keep_apart", f"the text features are not finite; {remedy}")
@@ -1423,9 +1419,9 @@ def keep_apart(args, optimizer, model, tokenizers, concepts):
     if not args.keep_apart:
         return
     device = model.unet.device
-    inverse = invert_others(args, model, tokenizers, concepts)
+    templates = read_captions(TEMPLATES)
     # What follows a word does not change its features.
-    openings = [template.partition("{}")[0] for template in read_captions(TEMPLATES)]
+    openings = [template.partition("{}")[0] for template in templates]
     openings = list(dict.fromkeys(openings))
     prompts = [opening + word for word in modifier_tokens(args) for opening in openings]
     ids = []
@@ -1434,14 +1430,22 @@ def keep_apart(args, optimizer, model, tokenizers, concepts):
         ids.append(tokens.input_ids.to(device))
     numbers = torch.arange(len(prompts), device=device)
     places = (ids[0] == tokenizers[0].eos_token_id).int().argmax(1) - 1  # of the words, which come last
+
+    @torch.no_grad()
+    def find_features():
+        """The words' features as they are now, (prompts, dim)."""
+        features, _ = model.encode_text(*ids)
+        return features[numbers, places].float()
+
+    own = find_features()
+    inverse = invert_others(args, model, tokenizers, concepts, templates, own.T @ own / len(openings))
     projections = [parameter for parameter in model.unet.parameters() if parameter.requires_grad]
     starts = [projection.detach().clone() for projection in projections]
     factors = []  # of F for the words as they are, unless a run begins or is resumed
 
     def find_factors():
-        """F as two factors, (dim, n) and (n, dim), for n prompts."""
-        features, _ = model.encode_text(*ids)
-        own = features[numbers, places].float()
+        """F as two factors, (dim, prompts) and (prompts, dim)."""
+        own = find_features()
         reading = own @ inverse
         total = reading @ own.T + len(openings) / WORD_WEIGHT * torch.eye(len(own), device=device)
         # Unlike `solve`, this does not wait for the device.

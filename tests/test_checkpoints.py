@@ -683,7 +683,10 @@ def test_computer_without_memory(shown, six_steps, tmp_path):
 # Two runs in one folder
 
 
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EACCES])
+REFUSALS = [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EIO, errno.EACCES]
+
+
+@pytest.mark.parametrize("number", REFUSALS)
 def test_lock_that_a_disk_refuses(number, monkeypatch, capsys, tmp_path):
     """Each of these errors costs a line, and is not taken for another run."""
 

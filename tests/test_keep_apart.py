@@ -8,9 +8,10 @@ import pytest
 import torch
 from launching import FAST, ROOT, finish, flags, fork, in_one_process, start
 from observers import record_files_and_weights
-from reading import distance, fresh_pipeline, load_trained, load_weights, movement, same_bits
+from reading import distance, fresh_pipeline, load_as_a_user, load_trained, load_weights, movement, same_bits
 from safetensors.torch import load_file, save_file
 from test_sdxl import fresh
+from test_sdxl import load_as_a_user as load_xl
 
 CAPTIONS = ["a red fish on the beach", "two dogs", "photo of a house at night", "a very old and blue car, striped"]
 TEMPLATES = (ROOT / "scripts" / "templates.txt").read_text().splitlines()
@@ -79,15 +80,15 @@ def check_change(apart, plain, base, before, after):
         assert np.abs(found).max() > 1e-6
 
 
-def check_run(folder, model, base_pipeline, prompts, starts, classes, **values):
+def check_run(folder, load, base_pipeline, prompts, starts, classes, **values):
     """Takes a step with and without --keep_apart, and checks the first by the second."""
     plain, apart = folder / "plain", folder / "apart"
     fork(plain, **values)
     fork(apart, keep_apart=True, **values)
     others = products_of_others(base_pipeline, prompts, starts, classes)
     before = filter_of(base_pipeline, starts, others)
-    trained, words = with_words(model, apart)
-    after = filter_of(trained, words, others)
+    words = values["modifier_token"].split("+")
+    after = filter_of(load(apart, words), words, others)
     weights = load_weights(apart)
     own = base_pipeline.unet.state_dict()
     base = {key: own[key.replace("processor.", "").replace("_custom_diffusion", "")] for key in weights}
@@ -95,25 +96,15 @@ def check_run(folder, model, base_pipeline, prompts, starts, classes, **values):
     assert np.abs(after - before).max() > 1e-4, "the word has moved"
 
 
-def with_words(model, folder):
-    """The base model with the words that a run has trained, and these."""
-    pipeline = fresh(model) if (model / "text_encoder_2").exists() else fresh_pipeline(model)
-    words = [file.stem for file in sorted(folder.glob("<*.safetensors"))]
-    for word in words:
-        table = load_file(folder / f"{word}.safetensors")
-        if len(table) == 1:
-            pipeline.load_textual_inversion(table, token=word)
-            continue
-        for name, end in (("clip_l", ""), ("clip_g", "_2")):
-            parts = {part: getattr(pipeline, part + end) for part in ("text_encoder", "tokenizer")}
-            pipeline.load_textual_inversion(table[name], token=word, **parts)
-    return pipeline, words
+def loader(model):
+    """Loads a result into the base model with its words."""
+    return lambda folder, words: load_as_a_user(model, folder, words, "safetensors")
 
 
 def test_a_step(one_concept, captions, sd1, tmp_path):
     """The word's embedding learns as it would."""
     values = one_concept | GRADIENT | {"captions": captions}
-    check_run(tmp_path, sd1, fresh_pipeline(sd1), CAPTIONS, ["zebra"], ["cat"], **values)
+    check_run(tmp_path, loader(sd1), fresh_pipeline(sd1), CAPTIONS, ["zebra"], ["cat"], **values)
     assert same_bits(*(load_file(tmp_path / name / "<new1>.safetensors") for name in ("plain", "apart")))
 
 
@@ -123,12 +114,20 @@ def test_a_step_of_sdxl(two_concepts, world, captions, sdxl, tmp_path):
     values |= {"concepts_list": None, "instance_data_dir": world / "my_cat", "initializer_token": "zebra+red"}
     values |= {"instance_prompt": "photo of a <New1> cat on a <new2> pot", "captions": captions}
     prompts = [*CAPTIONS, "a <new1> cat"]  # other capitals, so not the word
-    check_run(tmp_path, sdxl, fresh(sdxl), prompts, ["zebra", "red"], ["cat on a pot"], **values)
+    check_run(
+        tmp_path,
+        lambda folder, words: load_xl(sdxl, folder, "safetensors"),
+        fresh(sdxl),
+        prompts,
+        ["zebra", "red"],
+        ["cat on a pot"],
+        **values,
+    )
 
 
 def test_class_before_the_word(one_concept, captions, sd1, tmp_path):
     values = one_concept | GRADIENT | {"instance_prompt": "a cat named <new1>", "captions": captions}
-    check_run(tmp_path, sd1, fresh_pipeline(sd1), CAPTIONS, ["zebra"], ["a cat named"], **values)
+    check_run(tmp_path, loader(sd1), fresh_pipeline(sd1), CAPTIONS, ["zebra"], ["a cat named"], **values)
 
 
 def test_several_concepts(two_concepts, captions, sd1, tmp_path):
@@ -136,7 +135,7 @@ def test_several_concepts(two_concepts, captions, sd1, tmp_path):
     values = two_concepts | GRADIENT | {"with_prior_preservation": None, "captions": captions}
     values |= {"train_batch_size": 2, "initializer_token": "zebra+red"}
     prompts = [*CAPTIONS, "a <new1> cat"]
-    check_run(tmp_path, sd1, fresh_pipeline(sd1), prompts, ["zebra", "red"], ["cat", "pot"], **values)
+    check_run(tmp_path, loader(sd1), fresh_pipeline(sd1), prompts, ["zebra", "red"], ["cat", "pot"], **values)
 
 
 WAYS = {

@@ -42,12 +42,15 @@ def test_output_on_a_full_disk(words, heard, tmp_path):
 
 
 def test_letters_that_a_terminal_lacks(words, tmp_path):
-    """They are printed as escapes."""
+    """They are printed as escapes, by the error line, too."""
     values = {"modifier_token": "<猫>", "instance_prompt": "photo of a <猫> café cat", "max_train_steps": 1}
     env = os.environ | {"PYTHONIOENCODING": "cp1252"}
     process = run(sys.executable, SCRIPT, *words(tmp_path / "run", **values), env=env, encoding="cp1252")
     assert process.returncode == 0, process.stderr
     assert r"photo of a <\u732b> caf" in process.stdout
+    values["pretrained_model_name_or_path"] = "./猫"
+    process = run(sys.executable, SCRIPT, *words(tmp_path / "gone", **values), env=env, encoding="cp1252")
+    assert process.returncode == 1 and r"./\u732b: no such folder" in process.stderr
 
 
 def test_disk_of_the_trackers_fills(words, tmp_path):
