@@ -162,25 +162,19 @@ def say(line):
     accelerate.PartialState().print(line)
 
 
-def write_file(file, content):
-    """Writes bytes to a file beside, flushes and renames it: a file of that name is always complete."""
+@contextlib.contextmanager
+def writing(file):
+    """A stream to a file beside, which is flushed and renamed: a file of that name is always complete."""
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f".{file.name}.unfinished")
     try:
         with open(unfinished, "wb") as stream:
-            stream.write(content)
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         unfinished.replace(file)
     finally:
         unfinished.unlink(missing_ok=True)  # it would fill a full disk
-
-
-def to_bytes(save, *args, **kwargs):
-    """What `save` writes into a stream: given a file's name, torch.save hides why a disk refused it."""
-    stream = io.BytesIO()
-    save(*args, stream, **kwargs)
-    return stream.getbuffer()
 
 
 # ---------- Arguments -------------------------------------------------------------------------------------------
@@ -1514,7 +1508,8 @@ def generate_class_images(args, accelerator, concepts, base_tokenizers):
             fail("class pictures", f"the model's numbers overflow in {dtype}; {remedy}")
         images = pipeline.image_processor.numpy_to_pil(pipeline.image_processor.pt_to_numpy(pictures))
         for image, file in zip(images, files, strict=True):
-            write_file(file, to_bytes(image.save, format="PNG"))
+            with writing(file) as stream:
+                image.save(stream, format="PNG")
     accelerator.wait_for_everyone()
     for concept in concepts:
         read_class_images(concept, args)
@@ -1654,9 +1649,14 @@ class Result:
     safe: bool = True  # whether there are .safetensors
     not_needed: tuple = ()  # parts of the base model that were not loaded, and may not be there
 
+    @property
+    def endings(self):
+        """Those of the files, in the order of preference."""
+        return ("safetensors", "bin") if self.safe else ("bin",)
+
     def file(self, stem=WEIGHTS_NAME):
         """Name of the file that a word, or else the weights, are to be loaded from."""
-        return f"{stem}.safetensors" if self.safe else f"{stem}.bin"
+        return f"{stem}.{self.endings[0]}"
 
     def tables(self, pipeline):
         """What is trained, by the files' stems and with diffusers' keys; float32 on the CPU."""
@@ -1670,9 +1670,8 @@ class Result:
                 tables[word] = {word: rows[0]}
         return tables
 
-    def save(self, pipeline, folder=None):
-        """Writes what is trained, as diffusers reads it, to the result's folder or to another."""
-        folder = folder or self.folder
+    def save(self, pipeline, folder, endings):
+        """Writes what is trained, as diffusers reads it, to a folder."""
         tables = self.tables(pipeline)
         if not all(values.isfinite().all() for table in tables.values() for values in table.values()):
             problem = "not written, as the weights are not finite; lower --learning_rate, or take another base model"
@@ -1681,29 +1680,30 @@ class Result:
         untrained = sorted(key for key in pipeline.unet.attn_processors if not key.endswith("attn2.processor"))
         for stem, table in tables.items():
             empty = untrained if stem == WEIGHTS_NAME else []
-            write_file(folder / f"{stem}.bin", to_bytes(torch.save, table | {key: {} for key in empty}))
-            if self.safe:
+            if "bin" in endings:
+                # Given a file's name instead of a stream, torch.save hides why a disk refused it.
+                with writing(folder / f"{stem}.bin") as stream:
+                    torch.save(table | {key: {} for key in empty}, stream)
+            if "safetensors" in endings:
                 # One entry, as of several the order, and so the bytes, would vary.
                 metadata = {"settings": json.dumps(self.settings)}
-                content = serialize(table | {key: torch.empty(0) for key in empty}, metadata)
-                write_file(folder / f"{stem}.safetensors", content)
+                with writing(folder / f"{stem}.safetensors") as stream:
+                    stream.write(serialize(table | {key: torch.empty(0) for key in empty}, metadata))
             else:  # of an earlier run, which every tool would prefer
                 (folder / f"{stem}.safetensors").unlink(missing_ok=True)
 
-    def read(self, stem, folder=None, safe=False):
-        """Reads a table back, from .bin or .safetensors, without the empty entries."""
-        folder = folder or self.folder
-        if safe:
-            table = load_file(folder / f"{stem}.safetensors")
-        else:
-            table = torch.load(folder / f"{stem}.bin", weights_only=True)
+    def read(self, file):
+        """Reads a table back, without the empty entries."""
+        table = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
         return {key: value for key, value in table.items() if len(value)}
 
     def load(self, pipeline, folder):
         """Puts saved weights and words into the networks that are being trained, to the bit."""
-        pipeline.unet.load_state_dict(self.read(WEIGHTS_NAME, folder), strict=False)
+        # The run that wrote them may have had another --no_safe_serialization.
+        ending = "safetensors" if (folder / f"{WEIGHTS_NAME}.safetensors").exists() else "bin"
+        pipeline.unet.load_state_dict(self.read(folder / f"{WEIGHTS_NAME}.{ending}"), strict=False)
         for i, word in enumerate(self.words):
-            rows = self.read(word, folder).values()
+            rows = self.read(folder / f"{word}.{ending}").values()
             for (_, text_encoder), row in zip(text_parts(pipeline), rows, strict=True):
                 text_encoder.get_input_embeddings().rows.data[i] = row
 
@@ -1718,7 +1718,7 @@ class Result:
             if not self.is_xl:
                 pipeline.load_textual_inversion(self.folder, weight_name=self.file(word))
                 continue
-            table = self.read(word, safe=self.safe)
+            table = self.read(self.folder / self.file(word))
             for (tokenizer, text_encoder), name in zip(parts, XL_NAMES, strict=True):
                 options = {"text_encoder": text_encoder, "tokenizer": tokenizer}
                 pipeline.load_textual_inversion(table[name], token=word, **options)
@@ -1841,9 +1841,9 @@ def trained_values(pipeline, words):
 def check_files(result, tables):
     """Fails unless the files hold these tables to the bit."""
     for stem, table in tables.items():
-        for safe in {False, result.safe}:
+        for ending in result.endings:
             with failing_as(result.folder, "its files cannot be read back; is the disk full or broken?"):
-                found = result.read(stem, safe=safe)
+                found = result.read(result.folder / f"{stem}.{ending}")
             for key, values in table.items():
                 if key not in found or not torch.equal(found[key], values):
                     fail(result.folder, f"the files of {stem} do not hold what was trained; is the disk broken?")
@@ -1938,8 +1938,7 @@ Custom Diffusion weights for `{base}`, trained on pictures of {", ".join(f"`{pro
     # Upload by name, as a folder can hold anything besides.
     sheets = ["before_after.png", "steps.png"] if pictures else []
     # The hub's patterns are those of file names, in which brackets and stars of a word mean something else.
-    endings = ("bin", "safetensors") if result.safe else ("bin",)
-    files = [f"{stem}.{ending}" for stem in (WEIGHTS_NAME, *result.words) for ending in endings]
+    files = [f"{stem}.{ending}" for stem in (WEIGHTS_NAME, *result.words) for ending in result.endings]
     names = [glob.escape(name) for name in (*files, "README.md", *pictures, *sheets)]
     folder = str(result.folder)
     call = f"upload_folder(repo_id={repository!r}, folder_path={folder!r}, allow_patterns={names})"
@@ -2018,7 +2017,7 @@ class Checkpoints:
             tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder, ignore_cleanup_errors=True) as trial_folder,
             failing_as(subject, "a trial save failed"),
         ):
-            self.result.save(self.pipeline, Path(trial_folder))
+            self.result.save(self.pipeline, Path(trial_folder), self.result.endings)
             trial.load_attn_procs(trial_folder, weight_name=self.result.file(), _pipeline=self.pipeline)
             if trained_attention(trial).keys() != trained_attention(unet).keys():
                 raise RuntimeError(f"diffusers {diffusers.__version__} does not install the weights")
@@ -2055,9 +2054,13 @@ class Checkpoints:
         folder = self.result.folder / f"checkpoint-{step}"
         unfinished = self.result.folder / ".unfinished-checkpoint"
         try:
-            self.result.save(self.pipeline, unfinished)
-            write_file(unfinished / TRAINING_STATE_NAME, to_bytes(torch.save, state))
-            write_file(unfinished / CHECKPOINT_NAME, json.dumps(record, indent=2).encode())
+            endings = self.result.endings[:1]  # Nobody needs a checkpoint twice.
+            self.result.save(self.pipeline, unfinished, endings)
+            # Given a file's name instead of a stream, torch.save hides why a disk refused it.
+            with writing(unfinished / TRAINING_STATE_NAME) as stream:
+                torch.save(state, stream)
+            with writing(unfinished / CHECKPOINT_NAME) as stream:
+                stream.write(json.dumps(record, indent=2).encode())
             if folder.exists():  # an earlier run made one
                 self.delete(folder)
             folder.mkdir(exist_ok=True)
@@ -2263,7 +2266,8 @@ def validate(args, accelerator, pipeline, step):
     if args.cache_latents:
         pipeline.vae.to("cpu")
     sheet = draw_sheet(images, f"step {step}" if step else "before")
-    write_file(Path(args.output_dir, sheet_name(step)), to_bytes(sheet.save, format="PNG"))
+    with writing(Path(args.output_dir, sheet_name(step))) as stream:
+        sheet.save(stream, format="PNG")
     with reporting(accelerator):
         for tracker in accelerator.trackers:
             if tracker.name in ("tensorboard", "wandb"):
@@ -2537,7 +2541,7 @@ def train(args):
 
     # Save, prove that the files load, draw the final pictures with them
     if is_main and not stopped:
-        result.save(pipeline)
+        result.save(pipeline, result.folder, result.endings)
         checkpoints.free()
         finish(args, accelerator, result, pipeline, base_tokenizers, concepts, step, repository)
     accelerator.wait_for_everyone()

@@ -174,6 +174,17 @@ def test_checkpoint_of_an_older_version(undisturbed, six_steps, tmp_path):
     assert same_bits(load_trained(folder), load_trained(undisturbed))
 
 
+def test_checkpoint_with_bin_alone(undisturbed, six_steps, tmp_path):
+    """As --no_safe_serialization writes it, which the resumed run need not have."""
+    folder = copy_run(undisturbed, tmp_path / "run", "checkpoint-4")
+    for file in (folder / "checkpoint-4").glob("*.safetensors"):
+        torch.save(load_file(file), file.with_suffix(".bin"))
+        file.unlink()
+    fork(folder, resume_from_checkpoint="latest", **six_steps)
+    assert {file.suffix for file in (folder / "checkpoint-6").glob(f"{WEIGHTS}.*")} == {".safetensors"}
+    assert same_bits(load_trained(folder), load_trained(undisturbed))
+
+
 def test_documented_settings_are_those_that_are_compared(trained):
     """docs/outputs.md lists what must stay the same; words, seed, samples and pictures it names otherwise."""
     record = json.loads((trained / "checkpoint-4" / "checkpoint.json").read_text())["settings"]
@@ -202,9 +213,9 @@ def remove(file):
 DAMAGES = {  # made to copies of checkpoint-4, in folders of other steps
     "checkpoint-11": ("training_state.pt", truncate),
     "checkpoint-12": ("training_state.pt", empty),
-    "checkpoint-13": (f"{WEIGHTS}.bin", truncate),
-    "checkpoint-14": (f"{WEIGHTS}.bin", empty),
-    "checkpoint-15": ("<new1>.bin", empty),
+    "checkpoint-13": (f"{WEIGHTS}.safetensors", truncate),
+    "checkpoint-14": (f"{WEIGHTS}.safetensors", empty),
+    "checkpoint-15": ("<new1>.safetensors", empty),
 }
 REFUSED = {
     "tokens": ({"modifier_token": "<cat1>", "instance_prompt": "photo of a <cat1> cat"}, ["<new1>", "<cat1>"]),
@@ -645,12 +656,12 @@ def test_loss_that_is_not_finite(six_steps, tmp_path):
     """The run stops, and neither the checkpoint of that step nor the result is written, nor a good one deleted."""
     values = six_steps | {"checkpointing_steps": 1, "checkpoints_total_limit": None}
     folder = fork(tmp_path / "run", **values | {"max_train_steps": 3})
-    good = {file: file.read_bytes() for file in folder.rglob("*.bin")}
+    good = {file: file.read_bytes() for file in folder.rglob("*.safetensors")}
     said = finish(start(folder, **values | {"learning_rate": 1e18, "max_train_steps": 12}), folder, status=1)
     step = int(re.search(r"error: step (\d+): the loss is (nan|inf)|not finite", said.splitlines()[-1])[1] or 1)
     assert step <= 3 and "Traceback" not in said
     for file, content in good.items():
-        values = torch.load(file, weights_only=True).values()
+        values = load_file(file).values()
         assert file.read_bytes() == content or all(value.isfinite().all() for value in values if len(value))
 
 
