@@ -53,8 +53,8 @@ NEEDED = (
     "torch>=2.6", "diffusers>=0.35", "transformers>=4.48,<6", "accelerate>=1.0,<2", "numpy>=1.26", "Pillow>=10.1",
 )  # fmt: skip
 INSTALL = "run pip install -r requirements.txt, best in a new environment"
-# Of --keep_apart, as scripts/merge.py has them
-WORD_WEIGHT, CLASS_WEIGHT, RIDGE = 10, 4, 0.01
+# Weights of --keep_apart, against that of the captions, which is 1
+WORD_WEIGHT, CLASS_WEIGHT, RIDGE = 1, 4, 0.01
 PADDING = 10  # tokens after a prompt's end that count; all 60 would outweigh its words
 DEFAULT_INITIALIZERS = "ktn+pll+ucd"
 FAR_PREFIXES = ("a far away ", "very small ")
@@ -1405,10 +1405,10 @@ def invert_others(args, model, tokenizers, concepts, templates, starts):
 def keep_apart(args, optimizer, model, tokenizers, concepts):
     """With --keep_apart, lets the optimizer change keys and values by way of the new words' own features alone.
 
-    After every step, W becomes W0 + (W - W0) F with F = w C (R + w C)^-1, where C is the mean of
-    f f^T over the words' features as they are now. That is what scripts/merge.py keeps of a change:
-    most of what it does to the words, and little of what it does to other prompts. What is trained
-    is U in W = W0 + U F, so the gradient of W is multiplied by F^T.
+    What is trained is U in W = W0 + U F with F = w C (R + w C)^-1, where C is the mean of f f^T over
+    the words' features as they are now. That is what scripts/merge.py keeps of a change U: most of
+    what it does to the words, and little of what it does to other prompts. The gradient of U is that
+    of W, multiplied by F^T. W0 + U is a part of the optimizer's state, and so of checkpoints.
     """
     if not args.keep_apart:
         return
@@ -1446,21 +1446,24 @@ def keep_apart(args, optimizer, model, tokenizers, concepts):
         return own.T, torch.linalg.solve_ex(total, reading).result
 
     @torch.no_grad()
-    def filter_gradients(*_):
+    def before_step(*_):
         down, up = factors or find_factors()
         for projection in projections:
             projection.grad.copy_(projection.grad @ up.T @ down.T)
+            projection.copy_(optimizer.state[projection].get("unfiltered", projection))
 
     @torch.no_grad()
-    def filter_changes(*_):
+    def after_step(*_):
         factors[:] = find_factors()
         down, up = factors
         for projection, start in zip(projections, starts, strict=True):
-            projection.copy_(start + (projection - start) @ down @ up)
+            unfiltered = projection.clone()
+            optimizer.state[projection]["unfiltered"] = unfiltered
+            projection.copy_(start + (unfiltered - start) @ down @ up)
 
     # The optimizer's own hooks, as fp16's scaler leaves out some steps.
-    optimizer.register_step_pre_hook(filter_gradients)
-    optimizer.register_step_post_hook(filter_changes)
+    optimizer.register_step_pre_hook(before_step)
+    optimizer.register_step_post_hook(after_step)
 
 
 # ---------- Class pictures --------------------------------------------------------------------------------------

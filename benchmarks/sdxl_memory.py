@@ -11,6 +11,8 @@ what the largest of them keeps while it is. The VAE is left out, as with --cache
 Then it goes through the end of a run as the trainer does: what was trained is taken out of the networks, loaded again,
 and a picture is drawn. There it counts the largest sum of all tensors that are alive at one time. What a GPU needs
 besides (the allocator's gaps, libraries, workspaces) is not counted.
+
+Last, it counts what --keep_apart adds: the bytes that it keeps, and its share of a step's floating-point operations.
 """
 
 import argparse
@@ -21,10 +23,12 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+import transformers
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import train_custom_diffusion as trainer
@@ -48,6 +52,7 @@ VAE = {
     "up_block_types": ["UpDecoderBlock2D"] * 4,
     "layers_per_block": 2,
 }
+REQUIRED = ["--pretrained_model_name_or_path=m", "--instance_data_dir=d", "--instance_prompt=a <new1> cat"]
 FIRST = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 SECOND = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
 
@@ -164,9 +169,41 @@ def build():
             tokenizer=None,
             tokenizer_2=None,
         )
-        args = trainer.parse_args(["--pretrained_model_name_or_path=m", "--instance_data_dir=d", "--instance_prompt=p"])
+        args = trainer.parse_args(REQUIRED)
         accelerator = SimpleNamespace(mixed_precision="bf16", device=torch.device("meta"))
         return pipeline, trainer.build_models(args, accelerator, pipeline, [[49408]] * 2, [[0]] * 2)
+
+
+def operations(call):
+    """The floating-point operations of a call, those of matrix products and convolutions."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def count_apart(pipeline, model, cells):
+    """Counts --keep_apart with one word: bytes kept from step to step, and its operations and those of a step.
+
+    A step has one instance picture, the case in which the share is largest.
+    """
+    base = Path(__file__).resolve().parents[1] / "assets/model-xl"
+    tokenizers = [
+        transformers.CLIPTokenizer.from_pretrained(base, subfolder=name) for name in ("tokenizer", "tokenizer_2")
+    ]
+    for tokenizer in tokenizers:
+        tokenizer.add_tokens("<new1>")
+    args = trainer.parse_args([*REQUIRED, "--modifier_token=<new1>", "--keep_apart"])
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters)
+    # R^-1 is found before the first step; on this device there are no numbers to invert.
+    trainer.invert_others = lambda *_: torch.eye(UNET["cross_attention_dim"], device="meta")
+    trainer.keep_apart(args, optimizer, model, tokenizers, [])
+    step = operations(lambda: predict(pipeline, 1, cells).sum().backward())
+    for _ in range(2):  # the first time it encodes the word twice
+        added = operations(optimizer.step)
+    # W0, and W0 + U in the optimizer's state
+    kept = 2 * sum(parameter.nbytes for parameter in model.unet.parameters() if parameter.requires_grad)
+    return kept, added, step
 
 
 def main():
@@ -179,6 +216,8 @@ def main():
     n, cells = 2 * args.batch_size, args.resolution // 8
     frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    kept, added, step = count_apart(pipeline, model, cells)
+    model.zero_grad()
     torch.nn.functional.scaled_dot_product_attention = lambda q, k, v, *_, **__: Attention.apply(q, k, v)
     count = Count(model)
     ids = torch.zeros(n, 77, dtype=torch.long, device="meta")
@@ -214,6 +253,10 @@ def main():
     together = sum(networks) + trained + max(proof, prediction, decoding)
     print(f"| the end together | {together / 1e9:.2f} |")
     print(f"| of the training, --gradient_checkpointing | {together / training:.2f} |")
+    print(
+        f"\n--keep_apart keeps {kept / 1e9:.2f} GB more. A step with one picture has {step / 1e12:.1f} TFLOP, to which"
+    )
+    print(f"it adds {added / 1e12:.2f} ({100 * added / step:.1f} %).")
 
 
 if __name__ == "__main__":

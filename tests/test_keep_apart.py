@@ -66,8 +66,8 @@ def products_of_others(pipeline, captions, starts, classes):
 
 
 def filter_of(pipeline, words, others):
-    """F (dim, dim) = w C (R + w C)^-1 for the features C of the words."""
-    wanted = 10 * sum(mean_product(all_features(pipeline, [word], word)) for word in words)
+    """F (dim, dim) = w C (R + w C)^-1 for the features C of the words, with w = 1."""
+    wanted = sum(mean_product(all_features(pipeline, [word], word)) for word in words)
     return np.linalg.solve(others + wanted, wanted).T
 
 
@@ -106,6 +106,24 @@ def test_a_step(one_concept, captions, sd1, tmp_path):
     values = one_concept | GRADIENT | {"captions": captions}
     check_run(tmp_path, loader(sd1), fresh_pipeline(sd1), CAPTIONS, ["zebra"], ["cat"], **values)
     assert same_bits(*(load_file(tmp_path / name / "<new1>.safetensors") for name in ("plain", "apart")))
+
+
+def test_several_steps(one_concept, captions, sd1, tmp_path):
+    """What all steps have trained is filtered once, for the word as it is now: W = W0 + U F."""
+    values = one_concept | GRADIENT | {"captions": captions, "keep_apart": True}
+    fork(tmp_path / "run", **values | {"max_train_steps": 3, "checkpointing_steps": 3})
+    checkpoint = tmp_path / "run" / "checkpoint-3"
+    states = torch.load(checkpoint / "training_state.pt", weights_only=True)["optimizer"].values()
+    unfiltered = [state["unfiltered"] for state in states if "unfiltered" in state]
+    base_pipeline = fresh_pipeline(sd1)
+    others = products_of_others(base_pipeline, CAPTIONS, ["zebra"], ["cat"])
+    now = torch.from_numpy(filter_of(loader(sd1)(checkpoint, ["<new1>"]), ["<new1>"], others))
+    own = base_pipeline.unet.state_dict()
+    for key, weight in load_weights(checkpoint).items():
+        base = own[key.replace("processor.", "").replace("_custom_diffusion", "")].double()
+        trained = [each.double() for each in unfiltered if each.shape == base.shape]
+        differences = [float((weight - base - (each - base) @ now).abs().max()) for each in trained]
+        assert min(differences) < 1e-3 * float((weight - base).abs().max()), key
 
 
 def test_a_step_of_sdxl(two_concepts, world, captions, sdxl, tmp_path):
