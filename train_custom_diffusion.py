@@ -1309,15 +1309,16 @@ def build_models(args, accelerator, pipeline, word_ids, initializer_ids):
     if use_xformers:
         with failing_as("--enable_xformers_memory_efficient_attention", "leave it out"):
             unet.enable_xformers_memory_efficient_attention()  # the self-attention
-    # important: what is trained is made of float32 weights, before the frozen networks are cast.
-    processors = custom_diffusion_processors(unet, args.freeze_model, use_xformers)
-    unet.to(dtype).set_attn_processor(processors)
+    # important: what is trained is made of float32 weights, before the frozen networks are cast. One network
+    # after the other, as a computer with 12 GB has to hold SDXL.
     for text_encoder, ids, start_ids in zip(text_encoders, word_ids, initializer_ids, strict=True):
         if not ids:
             text_encoder.to(dtype)
             continue
         embedding = ModifierEmbedding(text_encoder.get_input_embeddings(), ids, start_ids)
         text_encoder.to(dtype).set_input_embeddings(embedding)
+    processors = custom_diffusion_processors(unet, args.freeze_model, use_xformers)
+    unet.to(dtype).set_attn_processor(processors)
     # SDXL's VAE overflows in fp16.
     is_vae_float = len(text_encoders) > 1 and dtype == torch.float16 and vae.config.force_upcast
     vae.to(torch.float32 if is_vae_float else dtype)

@@ -206,6 +206,21 @@ def count_apart(pipeline, model, cells):
     return kept, added, step
 
 
+def count_host(pipeline, trained):
+    """Returns {name: bytes} of what the phases of a run hold in the computer's own memory, beside a GPU."""
+    numbers = sum(p.numel() for p in pipeline.unet.parameters()) - trained // 4
+    in_float = sum(p.numel() for name, p in pipeline.unet.named_parameters() if ".attn2.to_" in name)
+    unet = 2 * numbers + 2 * in_float
+    texts = sum(p.numel() for part in (pipeline.text_encoder, pipeline.text_encoder_2) for p in part.parameters())
+    vae = 4 * sum(p.numel() for p in pipeline.vae.parameters())
+    return {
+        "loading: UNet in bf16, its cross-attention and all else in fp32": unet + 4 * texts + vae,
+        "making what is trained: text encoders are in bf16 by then": unet + 2 * texts + vae + trained,
+        "the base model's digest: weights in fp32, in fp16, and a file of these": 2 * trained,
+        "a checkpoint or the result: weights in fp32, and a file of them": 2 * trained,
+    }
+
+
 def main():
     """Prints the table."""
     parser = argparse.ArgumentParser(description="Count the memory of a run of SDXL.")
@@ -233,6 +248,7 @@ def main():
         "trained weights, fp32": trained,
         "gradients": trained,
         "AdamW's state": 2 * trained,
+        "AdamW's state, --use_8bit_adam": trained / 2,
         "kept by autograd": outside + sum(layers.values()),
         "kept by autograd, --gradient_checkpointing": checkpointed,
     }
@@ -243,6 +259,10 @@ def main():
     print(f"| together | {(states + outside + sum(layers.values())) / 1e9:.2f} |")
     training = states + checkpointed
     print(f"| together, --gradient_checkpointing | {training / 1e9:.2f} |")
+    print(f"| together, --gradient_checkpointing --use_8bit_adam | {(training - 1.5 * trained) / 1e9:.2f} |")
+    print("\n| in the computer's own memory | GB |\n| --- | --- |")
+    for name, size in count_host(pipeline, trained).items():
+        print(f"| {name} | {size / 1e9:.2f} |")
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda tensor: tensor):
         end = count_end(pipeline, args.resolution)
     print("\n| the end of the run | GB |\n| --- | --- |")
