@@ -2354,6 +2354,15 @@ def start_accelerator(args):
     for name, package in packages.items():
         if getattr(args, name) and not (importlib.util.find_spec(package) and device == "cuda"):
             fail(f"--{name}", f"needs a CUDA GPU and the package {package}; `pip install {package}`, or leave it out")
+    plugin = accelerator.state.dynamo_plugin
+    makes_graphs = plugin.backend.value == "CUDAGRAPHS" or plugin.mode in ("reduce-overhead", "max-autotune")
+    # Gradients lie in the graph's own memory, where the next step overwrites them.
+    if makes_graphs and not args.set_grads_to_none:
+        fail("--dynamo_backend", "with CUDA graphs it needs --set_grads_to_none; give that, or another backend")
+    if makes_graphs and args.gradient_accumulation_steps > 1:
+        fail("--gradient_accumulation_steps", "CUDA graphs can't add gradients up; give 1, or another --dynamo_backend")
+    if makes_graphs and args.gradient_checkpointing:
+        say("With --gradient_checkpointing, CUDA graphs are recorded anew in every step, which takes longer than none")
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     return accelerator
 

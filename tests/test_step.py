@@ -92,7 +92,7 @@ def test_frees_gradients(watched, sd1):
 def test_compiled(backend, one_concept, tmp_path):
     """`accelerate launch --dynamo_backend`: the same training. Inductor's kernels take minutes to make on a CPU."""
     values = FAST | one_concept | {"train_batch_size": 2, "max_train_steps": STEPS}
-    values |= {"learning_rate": 1, "adam_epsilon": 1}
+    values |= {"learning_rate": 1, "adam_epsilon": 1, "set_grads_to_none": backend == "cudagraphs"}
     launcher = [*LAUNCHERS["accelerate"], "--num_processes=1", "--num_machines=1", "--mixed_precision=no"]
     words = flags(**values | {"output_dir": tmp_path / "compiled"})
     environment = os.environ | {"TORCH_LOGS": "graph_code,recompiles"}
@@ -102,6 +102,27 @@ def test_compiled(backend, one_concept, tmp_path):
     assert process.stderr.count("===== __compiled_fn_") == 1 and "Recompiling" not in process.stderr
     compiled, plain = load_trained(tmp_path / "compiled"), load_trained(fork(tmp_path / "plain", **values))
     assert distance(compiled, plain) < 0.01 * movement(one_concept["pretrained_model_name_or_path"], plain)
+
+
+GRAPHS = {  # what CUDA graphs can't do: flags, what accelerate's configuration says, and the answer
+    "kept gradients": ({}, {"BACKEND": "CUDAGRAPHS"}, "error: --dynamo_backend: .*--set_grads_to_none"),
+    "by the compiler's mode": ({}, {"BACKEND": "INDUCTOR", "MODE": "reduce-overhead"}, "error: --dynamo_backend: "),
+    "accumulation": (
+        {"set_grads_to_none": True, "gradient_accumulation_steps": 2},
+        {"BACKEND": "CUDAGRAPHS"},
+        "error: --gradient_accumulation_steps: CUDA graphs",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", GRAPHS)
+def test_gradients_in_a_graph(case, common, tmp_path):
+    """A graph of CUDA's overwrites gradients that are kept; refused before the models are loaded."""
+    values, chosen, answer = GRAPHS[case]
+    environment = {f"ACCELERATE_DYNAMO_{name}": value for name, value in chosen.items()}
+    folder = tmp_path / "run"
+    said = finish(start(folder, env=environment, **common | values), folder, status=1)
+    assert re.match(answer, said.splitlines()[-1]) and "Traceback" not in said, said
 
 
 @pytest.mark.slow
