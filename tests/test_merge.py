@@ -28,7 +28,6 @@ from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import merge as script  # noqa: E402
-
 from results import Problem  # noqa: E402
 
 MERGE = ROOT / "scripts" / "merge.py"
