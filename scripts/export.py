@@ -314,7 +314,9 @@ def write_card(output, words, folder):
 
     Files that are there are left as they are, as people edit them in A1111.
     """
-    contents = {".json": json.dumps({"activation text": ", ".join(words)}, indent=4).encode()}
+    contents = {}
+    if words:
+        contents[".json"] = json.dumps({"activation text": ", ".join(words)}, indent=4).encode()
     picture = folder / "image_0.png"
     if picture.is_file():
         contents[".png"] = picture.read_bytes()
@@ -386,7 +388,7 @@ def write_model(args, subject, result, base):
             pipeline.to(DTYPES[args.dtype]).save_pretrained(place)
             for folder in place.glob("text_encoder*"):
                 name_as_before(folder)
-            copy_vocabularies(args, base, place)
+            write_vocabularies(place)
         if args.keep_vocabulary:
             placed = place_words(result.words, place, output, [])
             write_words(result.words, placed, base)
@@ -407,15 +409,14 @@ def name_as_before(folder):
             write_file(file, save({names[name]: value for name, value in table.items()}, {"format": "pt"}))
 
 
-def copy_vocabularies(args, base, place):
-    """Puts the base's vocab.json and merges.txt into the tokenizers' folders, as older transformers need them."""
-    name = str(base.folder) if base.file else args.pretrained_model_name_or_path
-    for folder in place.glob("tokenizer*"):
-        files = [f"{folder.name}/vocab.json", f"{folder.name}/merges.txt"]
-        source = find_folder(name, name, files, args.revision)
-        for file in files:
-            if (source / file).is_file() and not (place / file).exists():
-                shutil.copyfile(source / file, place / file)
+def write_vocabularies(folder):
+    """Writes the two files from which older versions of transformers make a tokenizer, as version 5 leaves them out."""
+    for file in folder.glob("tokenizer*/tokenizer.json"):
+        model = json.loads(file.read_text("utf-8"))["model"]
+        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+        lines = ["#version: 0.2", *merges, ""]
+        file.with_name("vocab.json").write_text(json.dumps(model["vocab"]), "utf-8")
+        file.with_name("merges.txt").write_text("\n".join(lines), "utf-8")
 
 
 # ---------- One file --------------------------------------------------------------------------------------------

@@ -217,6 +217,8 @@ def as_bytes(value):
 
 def rounded(name, value, dtype):
     """A tensor in another precision."""
+    if value.dtype == dtype:
+        return value
     found = value.to(dtype)
     if dtype.is_floating_point and bool((found.float().isfinite() != value.float().isfinite()).any()):
         raise TooLarge(f"{name} has numbers that are too large for {dtype}")

@@ -54,10 +54,13 @@ def export(result, model, output, status=0, env=None, **values):
     return process.stdout if status == 0 else process.stderr
 
 
-def export_here(result, model, output, **values):
+def export_here(result, model, output, warnings=False, **values):
     """Calls the script's main in this process, which has torch already; returns what it printed."""
     words = flags(pretrained_model_name_or_path=model, output=output, **values)
-    with contextlib.redirect_stdout(io.StringIO()) as said:
+    with contextlib.ExitStack() as stack:
+        said = stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        if warnings:
+            stack.enter_context(contextlib.redirect_stderr(said))
         script.main(script.parse_args([str(result), *words]))
     return said.getvalue()
 
@@ -327,6 +330,45 @@ def test_words(name, results, tmp_path):
         assert torch.equal(pipeline.text_encoder.get_input_embeddings().weight[row], expected)
 
 
+def test_words_that_a_tool_cannot_type(results, tmp_path):
+    """ComfyUI ends an embedding's name at a space (sd1_clip.py), and InvokeAI finds few signs (ti_utils.py)."""
+    model, folder = results["sd2"]
+    result = rename_words(copy_result(folder, tmp_path / "result"), {"<New1>": "<my cat>", "<new2>": "<кот>"})
+    said = export_here(result, model, tmp_path / "cat.safetensors", warnings=True)
+    lines = [line for line in said.splitlines() if line.startswith("warning: word")]
+    assert [re.findall(r"word (.+?): (\w+) ", line)[0] for line in lines] == [
+        ("<my cat>", "ComfyUI"),
+        ("<кот>", "InvokeAI"),
+    ]
+    assert "warning" not in export_here(folder, model, tmp_path / "plain" / "cat.safetensors", warnings=True)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full", "checkpoint"])
+def test_what_a_tool_shows(kind, results, tmp_path):
+    """A1111 and Forge read the words and a picture beside a LoRA (ui_extra_networks.py), and so does InvokeAI
+    (lora_metadata_extractor.py): its words are what stands between commas under "activation text"."""
+    model, folder = results["sd2"]
+    result = copy_result(folder, tmp_path / "result")
+    shutil.copy(ROOT / "assets" / "instance" / "cat" / "0.png", result / "image_0.png")
+    output = tmp_path / "out" / "cat.safetensors"
+    said = export_here(result, model, output, format=kind)
+    card, picture = output.with_suffix(".json"), output.with_suffix(".png")
+    assert card.exists() == picture.exists() == (kind != "checkpoint")
+    if kind == "checkpoint":
+        return
+    assert json.loads(card.read_text())["activation text"] == "New1, new2"
+    assert picture.read_bytes() == (result / "image_0.png").read_bytes()
+    assert f"Wrote {card}" in said and f"Wrote {picture}" in said
+    # Again: what is the same is not mentioned, and what a user has changed is left.
+    said = export_here(result, model, output, format=kind)
+    assert str(card) not in said and str(picture) not in said
+    card.write_text('{"activation text": "New1 cat"}')
+    (result / "image_0.png").unlink()
+    said = export_here(result, model, output, format=kind)
+    assert f"Left {card} as it was" in said and card.read_text() == '{"activation text": "New1 cat"}'
+    assert picture.exists()
+
+
 @pytest.mark.parametrize("word, name", [("<new1>", "new1"), ("[V]", "V"), ("S*", "S"), ("(a){b}", "ab")])
 def test_names_of_words(word, name):
     """Neither Windows nor the weights of a prompt's syntax stand in the way of the name."""
@@ -361,6 +403,15 @@ def test_words_of_the_record(kind, results, tmp_path):
     assert f"{result}: zebra1, apple1;" in said
     names = {file.stem for file in (tmp_path / "out").glob("*.safetensors")}
     assert names == {"cat", "zebra1", "apple1"}
+
+
+def test_order_of_words_in_a_model(results, tmp_path):
+    """That of the record, not of the files: transformers pools an XL's prompt at the word with the largest number."""
+    model, folder = results["sd2"]
+    result = rename_words(copy_result(folder, tmp_path / "result"), {"<New1>": "zebra1", "<new2>": "apple1"})
+    export_here(result, model, tmp_path / "merged", format="model")
+    tokenizer = StableDiffusionPipeline.from_pretrained(tmp_path / "merged").tokenizer
+    assert tokenizer.convert_tokens_to_ids(["zebra1", "apple1"]) == [49408, 49409]
 
 
 def test_words_without_a_record(results, tmp_path):
