@@ -67,6 +67,7 @@ OTHER_FILES = (
     (r"lora_|.*\.lora_|.*\.(hada|lokr)_", "a LoRA"),
     (r".*_custom_diffusion\.", "a Custom Diffusion result"),
     (r"emb_params$|string_to_param|clip_[lg]$", "the embedding of a word"),
+    (r".+\.diffusion_model\.", "a model whose names begin otherwise than those of the original code"),
     (r"model_ema\.", "no weights but their moving averages (EMA)"),
     (r"(unet\.)?down_blocks\.", "a UNet with diffusers' names"),
     (r"input_blocks\.", "a UNet alone"),

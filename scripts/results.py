@@ -27,6 +27,7 @@ WEIGHTS_NAME = "pytorch_custom_diffusion_weights"
 CHECKPOINT_FILE = "checkpoint.json"  # the trainer's record of a checkpoint
 EXPORTED = "modelspec.sai_model_spec"  # in the metadata of every file that export.py writes
 SUFFIXES = (".safetensors", ".bin")  # in the order of preference
+ONE_FILE = (".safetensors", ".ckpt")  # endings of models
 # Kinds of one-file models, as diffusers calls them, and whose configurations they have. For 2.x, diffusers knows
 # Stability AI's, which is gone.
 KINDS = {
@@ -260,7 +261,8 @@ def check_name(name, subject):
     if Path(name).exists():
         fail(subject, "a file; give a folder or a hub repository")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        fail(subject, "no such folder, and no name of a hub repository; check the name")
+        kind = "file" if Path(name).suffix in ONE_FILE else "folder"
+        fail(subject, f"no such {kind}, and no name of a hub repository; check the name")
 
 
 def find_folder(name, subject, patterns, revision=None, ignore_patterns=None):
@@ -534,7 +536,7 @@ class Base:
 def find_file(args):
     """Returns the base model's one file, None if it is a folder or a hub repository."""
     file = Path(args.pretrained_model_name_or_path)
-    is_model = file.suffix in (".safetensors", ".ckpt")
+    is_model = file.suffix in ONE_FILE
     return file if is_model and not file.is_dir() and os.path.lexists(file) else None
 
 
@@ -549,6 +551,10 @@ def read_base(args, subject, names):
         remedy = "give a Stable Diffusion 1.x, 2.x or XL; if it should be one, download the file again"
         with failing_as(subject, remedy, file), original_layout.open_tensors(file) as tensors:
             return read_base_file(args, subject, names, file, tensors)
+    if Path(args.pretrained_model_name_or_path).is_file():
+        fail(subject, "a file that ends in neither .safetensors nor .ckpt; rename it if it is one of these")
+    if args.config_name_or_path:
+        fail("--config_name_or_path", "is for a base model that is one file; leave it out")
     folder = find_folder(args.pretrained_model_name_or_path, subject, CONFIGS + weight_patterns(args), args.revision)
     unet, scheduler = read_configs(folder, subject)
     weights = {}
@@ -580,10 +586,15 @@ def read_base_file(args, subject, names, file, tensors):
         problem = f"the configuration of another kind of model than {file}"
         fail(place, f"{problem}; give a folder or hub id of the same kind with --config_name_or_path")
     mapped = {name: prefix + str(original_layout.unet_name(name, unet)) for name in sorted(names)}
+    for name, known in mapped.items():
+        if known not in tensors:
+            remedy = (
+                f"give the model that the result was trained on, and the configuration of its kind instead of {folder}"
+            )
+            fail(subject, f"{name} of the result is not in it; {remedy}")
     # Keys of layers that the result lacks keep the file's names.
     mapped |= {name: name for name in keys - set(mapped.values())}
-    found = {name: known for name, known in mapped.items() if known in tensors}
-    weights = {name: tensors[known].read().float() for name, known in found.items()}
+    weights = {name: tensors[known].read().float() for name, known in mapped.items()}
     if "v_pred" in tensors:
         scheduler["prediction_type"] = "v_prediction"
     if "ztsnr" in tensors:
@@ -640,6 +651,8 @@ def find_weights(args, folder, subject, part="unet"):
     if files:
         return files
     remedy = "give --variant fp16 if its files are named so, or a model in .safetensors"
+    if args.variant:
+        remedy = f"leave --variant out, or give a model of which every part has files for {args.variant}"
     with failing_as(subject, remedy, folder / part):
         there = ", ".join(sorted(file.name for file in (folder / part).iterdir()))
         raise FileNotFoundError(f"no {Path(patterns[0]).name} in its {part} folder, but {there}")

@@ -8,6 +8,8 @@ import copy
 import functools
 import io
 import json
+import re
+import shutil
 import sys
 
 import pytest
@@ -321,8 +323,9 @@ def header_of(file):
         return json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float8_e4m3fn", "float32"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind, dtype", [("sd1", "float32"), ("SD 2.1", "float16"), ("sdxl", "bfloat16"), ("sdxl", "float8_e4m3fn")]
+)
 def test_checkpoint_of_a_file_is_a_copy(kind, dtype, models, tmp_path):
     """Only what was trained differs, in the types of the file; what else files have, its order and metadata stay."""
     dtype = getattr(torch, dtype)
@@ -400,6 +403,7 @@ NOT_A_MODEL = {  # tensors of a file: words of the line
     "bare unet": ({"input_blocks.0.0.weight": (4,), "out.2.bias": (4,)}, "a UNet alone"),
     "ema": ({"model_ema.diffusion_modelinput_blocks00weight": (4,), "b": (1,)}, "moving averages"),
     "controlnet": ({"control_model.time_embed.0.weight": (4,), "b": (1,)}, "the kind controlnet"),
+    "prefix": ({"model.model.diffusion_model.input_blocks.0.0.weight": (4,), "first_stage_model.x": (1,)}, "otherwise"),
     "something": ({"a": (4,), "b": (1,)}, "no model that is known here"),
 }
 
@@ -468,6 +472,14 @@ def test_configuration(models, trained_on, tmp_path):
     more = {"config_name_or_path": models["sdxl"]}
     line = refusal(exporter, trained_on("sd1"), tmp_path / "sd1.safetensors", tmp_path / "cat.safetensors", **more)
     assert line.startswith(f"error: --config_name_or_path {models['sdxl']}: ") and "of another kind" in line
+    line = refusal(exporter, trained_on("sd1"), models["sd1"], tmp_path / "cat.safetensors", **more)
+    assert line.startswith("error: --config_name_or_path: is for a base model that is one file")
+    (tmp_path / "sd1.safetensors").rename(tmp_path / "sd1.SAFETENSORS")
+    more = {"config_name_or_path": models["sd1"]}
+    line = refusal(exporter, trained_on("sd1"), tmp_path / "sd1.SAFETENSORS", tmp_path / "cat.safetensors", **more)
+    assert "neither .safetensors nor .ckpt" in line
+    line = refusal(merger, trained_on("sd1"), tmp_path / "sd1.safetensors", tmp_path / "run", **more)
+    assert "no such file" in line
 
 
 def test_what_one_file_cannot_be(models, tmp_path):
@@ -478,10 +490,11 @@ def test_what_one_file_cannot_be(models, tmp_path):
     )
     assert "no place for time_embedding.cond_proj.weight" in line and "--format model" in line
     large = make_result(models["sd1"], tmp_path / "large", step=1e5)
-    options = {"format": "checkpoint", "config_name_or_path": models["sd1"]}
+    configured = {"config_name_or_path": models["sd1"]}
     half = write_original(models["sd1"], tmp_path / "half.safetensors", torch.float16)
     before = half.read_bytes()
-    for base in (models["sd1"], half):
+    for base, options in ((models["sd1"], {}), (half, configured)):
+        options = options | {"format": "checkpoint"}
         line = refusal(exporter, large, base, tmp_path / "cat.safetensors", **options)
         assert "too large for torch.float16" in line and "fp32" in line
     result = make_result(models["sd1"], tmp_path / "result")
@@ -491,3 +504,51 @@ def test_what_one_file_cannot_be(models, tmp_path):
     )
     assert "--dtype" in line
     assert half.read_bytes() == before and [file.name for file in tmp_path.glob("*cat*")] == []
+
+
+@pytest.mark.parametrize("kind", ["parts", "old VAE", "old text encoder", "variant"])
+def test_folders_of_every_age(kind, tmp_path):
+    """Weights in several files, names of old versions of diffusers and transformers, and a variant give one file."""
+    folder = tmp_path / "model"
+    shutil.copytree(EMBEDDED, folder)
+    files = {part: next((folder / part).glob("*.safetensors")) for part in ("unet", "vae", "text_encoder")}
+    more = {}
+    if kind == "parts":
+        files["unet"].unlink()
+        pipeline_of(EMBEDDED).unet.save_pretrained(folder / "unet", max_shard_size="500KB")
+        assert len(list((folder / "unet").glob("*-of-*"))) > 3
+    elif kind == "old VAE":
+        own = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+        table = load_file(files["vae"])
+        save_file({replaced(name, own): value for name, value in table.items()}, files["vae"])
+    elif kind == "old text encoder":
+        table = load_file(files["text_encoder"]) | {"text_model.embeddings.position_ids": torch.arange(77.0)[None]}
+        save_file(table, files["text_encoder"])
+    else:
+        for file in files.values():
+            file.rename(file.with_suffix(".fp16.safetensors"))
+        more["variant"] = "fp16"
+    result = make_result(EMBEDDED, tmp_path / "result")
+    for name, model, options in (("found", folder, more), ("expected", EMBEDDED, {})):
+        export(result, model, tmp_path / f"{name}.safetensors", format="checkpoint", **options)
+    assert same_bits(load_file(tmp_path / "found.safetensors"), load_file(tmp_path / "expected.safetensors"))
+
+
+def replaced(text, table):
+    """A text in which every key of the table has become its value."""
+    return functools.reduce(lambda text, pair: text.replace(*pair), table.items(), text)
+
+
+def test_names_of_layers(models, trained_on, tmp_path):
+    """diffusers' own under kohya's prefix: what ComfyUI, A1111, Forge, InvokeAI and SD.Next look for in every kind.
+
+    kohya's own scripts do so for 1.x and 2.x, and for XL look for lora_unet_input_blocks_4_1_... (sdxl_merge_lora.py).
+    """
+    for kind in KINDS:
+        export(trained_on(kind), models[kind], tmp_path / kind / "cat.safetensors")
+        names = load_file(tmp_path / kind / "cat.safetensors").keys()
+        blocks = r"lora_unet_((down|up)_blocks_\d|mid_block)_attentions_\d_transformer_blocks_\d_attn2_to_[kv]"
+        assert all(re.fullmatch(rf"{blocks}\.(alpha|lora_(up|down)\.weight)", name) for name in names)
+        word = load_file(tmp_path / kind / "new1.safetensors")
+        wanted = {"clip_l", "clip_g"} if kind == "sdxl" else {"emb_params"}
+        assert word.keys() == wanted and all(value.dim() == 2 and len(value) == 1 for value in word.values())
