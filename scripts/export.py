@@ -21,6 +21,7 @@ import original_layout
 from results import (
     EXPORTED,
     PACKAGES_REMEDY,
+    ZERO_SNR,
     Parser,
     add_word,
     check_base,
@@ -338,6 +339,7 @@ def load_merged(args, subject, result, base):
     Its tokenizer and text encoder have the words, unless --keep_vocabulary leaves them as they were.
     """
     pipeline = load_base(args, subject, base)
+    set_schedule(pipeline, base.scheduler)
     with torch.no_grad():
         for name, value in result.weights.items():
             pipeline.unet.get_parameter(name).copy_(value)
@@ -361,10 +363,7 @@ def load_base(args, subject, base):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
     if base.file:
-        pipeline = load_one_file(base, subject)
-        # What the file itself says about its predictions is in no configuration.
-        pipeline.scheduler = type(pipeline.scheduler).from_config(base.scheduler)
-        return pipeline
+        return load_one_file(base, subject)
     name = args.pretrained_model_name_or_path
     options = {"revision": args.revision, "variant": args.variant, "use_safetensors": True}
     # What a picture does not need is kept if it is there. A hub's cache has only what was once asked for.
@@ -376,6 +375,18 @@ def load_base(args, subject, base):
     with failing_as(subject, remedy, Path(name)):
         pipeline = diffusers.DiffusionPipeline.from_pretrained(name, **options)
     return pipeline.to(torch.float32)
+
+
+def set_schedule(pipeline, wanted):
+    """Gives a pipeline a scheduler with these settings, where the model's own has others or lacks them."""
+    from diffusers import DDIMScheduler
+
+    config = pipeline.scheduler.config
+    names = ("prediction_type", *ZERO_SNR) if wanted.get("rescale_betas_zero_snr") else ("prediction_type",)
+    changed = {name: wanted[name] for name in names if wanted.get(name) not in (None, config.get(name))}
+    if changed:
+        kind = type(pipeline.scheduler) if changed.keys() <= config.keys() else DDIMScheduler
+        pipeline.scheduler = kind.from_config(config, **changed)
 
 
 def write_model(args, subject, result, base):
@@ -518,6 +529,11 @@ def export(args):
     check_output(output, is_model, [*result.files, *([file] if file else [])])
     placed = {} if is_model else place_words(result.words, output.parent, output, result.files)
     base = read_base(args, subject, result.weights.keys())
+    # Flags of the training count more than what the model says.
+    if "prediction_type" in result.settings:
+        base.scheduler["prediction_type"] = result.settings["prediction_type"]
+    if result.settings.get("rescale_betas_zero_snr"):
+        base.scheduler |= ZERO_SNR
     changes = subtract(result, base.weights, subject)
     check_base(result, base.weights, args.pretrained_model_name_or_path)
     share = norm(changes.values()) / (norm(base.weights[name] for name in changes) or 1)

@@ -214,12 +214,12 @@ def load_tokenizer(args, base, ending):
 
 
 @torch.no_grad()
-def encode(parts, prompts, first=0, word=None):
+def encode(parts, prompts, clip_skip, first=0, word=None):
     """Text features of prompts, from token `first` to PADDING after the end of each, or of a word's token alone.
 
     Returns (tokens of all prompts, dim), float64. Token 0, the start, is the same in every prompt. So
     it counts where keys and values are to stay, and not where they are to change. SDXL's features are
-    those of both encoders, side by side.
+    those of both encoders, side by side. `clip_skip` layers before the usual one are skipped.
     """
     features = []
     for begin in range(0, len(prompts), 50):
@@ -231,7 +231,13 @@ def encode(parts, prompts, first=0, word=None):
             stops = (ids == tokenizer.eos_token_id).int().argmax(1) + 1 + PADDING
             # The encoder is causal, so what follows does not matter.
             output = text_encoder(ids[:, : max(stops)], output_hidden_states=True)
-            found = output[0] if len(parts) == 1 else output.hidden_states[-2]
+            if len(parts) > 1:
+                found = output.hidden_states[-2 - clip_skip]
+            elif clip_skip:
+                text_model = getattr(text_encoder, "text_model", text_encoder)  # transformers 5.6 has no such part
+                found = text_model.final_layer_norm(output.hidden_states[-1 - clip_skip])
+            else:
+                found = output[0]
             hidden_states.append(found.double())
         rows = torch.cat(hidden_states, -1)
         if word:
@@ -416,6 +422,15 @@ def warn_of_loss(inputs):
             warn(f"{result.name}: {problem} takes more of the concept away")
 
 
+def find_clip_skip(inputs):
+    """Returns how many layers of the text encoder the results skip, as they record; fails if they differ."""
+    found = {result.settings.get("clip_skip") or 0 for result in inputs}
+    if len(found) > 1:
+        values = " and ".join(map(str, sorted(found)))
+        fail("results", f"trained with --clip_skip {values}, as they record; give results of one")
+    return found.pop()
+
+
 def subtract_base(args, inputs, subject):
     """Returns the base model, and the changes of its weights by each result.
 
@@ -445,6 +460,9 @@ def record(inputs, concepts, base, names):
     flags = ("kept_apart", "keep_apart", "with_prior_preservation")
     for flag in flags:
         settings[flag] = any(result.settings.get(flag, False) for result in inputs)
+    for name in ("clip_skip", "prediction_type", "rescale_betas_zero_snr"):
+        if name in inputs[0].settings:
+            settings[name] = inputs[0].settings[name]
     if len(inputs) == 1:
         settings["kept_apart"] = True
     return settings
@@ -459,6 +477,7 @@ def merge(args):
     concepts = read_concepts(args, inputs)
     captions = read_captions(args.captions, concepts)
     warn_of_loss(inputs)
+    clip_skip = find_clip_skip(inputs)
     subject = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
     base, changes = subtract_base(args, inputs, subject)
 
@@ -467,7 +486,7 @@ def merge(args):
     templates = TEMPLATES.read_text("utf-8").splitlines()
 
     def features_of(phrase, **which):
-        return encode(parts, [template.format(phrase) for template in templates], **which)
+        return encode(parts, [template.format(phrase) for template in templates], clip_skip, **which)
 
     wanted = []
     for concept in concepts:
@@ -476,7 +495,7 @@ def merge(args):
         which = {"word": concept.word} if is_apart else {"first": 1}
         wanted.append(features_of(concept.phrase, **which))
     classes = [features_of(concept.plain) for concept in concepts if concept.plain]
-    rest = encode(parts, captions)
+    rest = encode(parts, captions, clip_skip)
 
     # The closed form
     if args.method == "paper":

