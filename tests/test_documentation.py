@@ -48,7 +48,10 @@ RESULTS += [f"results/{name}" for name in NAMES.split()]
 PICTURES = ("pot.png", "cat_from_a_pot.png", "pot_with_another_top.png", "cat_from_the_hub.png")
 LEFT = {
     "README.md": ["cat.png", "results/python/<new1>.safetensors"],
-    "docs/export.md": ["cat_from_a_lora.png", "results/exported/my-cat-model/model_index.json"],
+    "docs/export.md": [
+        *("cat_from_a_lora.png", "results/exported/my-cat-model/model_index.json"),
+        *("results/exported/my-cat.json", "results/exported/my-cat-model.safetensors"),
+    ],
     "docs/other-tools.md": [*PICTURES, "results/my-cat-model/model_index.json"],
 }
 
