@@ -477,6 +477,13 @@ def open_parts(args, subject, base):
             for file in find_weights(args, folder, subject, part):
                 with failing_as(file, "the file is corrupt; download the model again", file):
                     tables[part] |= stack.enter_context(original_layout.open_tensors(file))
+        for part in parts[2:]:
+            kept = original_layout.without_added_words(tables[part])
+            if kept != tables[part]:
+                warn(
+                    f"{part}: knows words besides CLIP's, which one file can't hold; export them from their own results"
+                )
+            tables[part] = kept
         with failing_as(subject, "no tool reads such a model as one file; use --format model"):
             vae = json.loads((folder / "vae" / "config.json").read_text("utf-8"))
             tensors = original_layout.from_unet(tables["unet"], base.unet)

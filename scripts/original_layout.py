@@ -17,6 +17,7 @@ UNET = "model.diffusion_model."
 VAE = "first_stage_model."
 TEXT = ("cond_stage_model.", "conditioner.")
 KEYS = ".attn2.to_k.weight"
+CLIP_WORDS = 49408
 
 # What the UNet has outside of its blocks
 OUTSIDE = {
@@ -331,6 +332,15 @@ def from_open_clip(table, prefix):
             shape = [3 * width, *parts[0].shape[1:]]
             found[f"transformer.resblocks.{index}.attn.in_proj_{ending}"] = changed(parts, join, shape)
     return {prefix + name: tensor for name, tensor in found.items()}
+
+
+def without_added_words(table):
+    """A text encoder's table with CLIP's own words alone: a tool that reads a file takes no others."""
+    kept = dict(table)
+    for name, tensor in table.items():
+        if name.endswith("token_embedding.weight") and tensor.shape[0] > CLIP_WORDS:
+            kept[name] = changed([tensor], lambda value: value[:CLIP_WORDS], [CLIP_WORDS, tensor.shape[1]])
+    return kept
 
 
 def join(*values):

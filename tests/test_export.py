@@ -530,8 +530,12 @@ def test_result_and_model_from_a_hub(results, tmp_path):
         export("tester/bare", "tester/sd", tmp_path / "bare.safetensors", env=env)
         files = {file.name for file in (tmp_path / "home").rglob("*") if file.is_symlink()}
         assert f"{WEIGHTS}.bin" in files and "<new1>.bin" in files and "pytorch_model.bin" not in files
+        export("tester/my-cat", "tester/sd", tmp_path / "one" / "hub.safetensors", format="checkpoint", env=env)
         remedy = export("tester/nothing", "tester/sd", tmp_path / "no.safetensors", status=1, env=env)
         assert remedy.startswith("error: tester/nothing: ") and len(remedy.splitlines()) == 1
+    export_here(folder, model, tmp_path / "one" / "local.safetensors", format="checkpoint")
+    left, right = (load_file(tmp_path / "one" / f"{name}.safetensors") for name in ("hub", "local"))
+    assert same_bits(left, right)
     export_here(folder, model, tmp_path / "local.safetensors")
     assert (tmp_path / "hub.safetensors").stat().st_size == (tmp_path / "local.safetensors").stat().st_size
     left, *others = (load_file(tmp_path / f"{name}.safetensors") for name in ("hub", "local", "bare"))
@@ -784,12 +788,12 @@ def test_help_and_wrong_arguments_answer_before_the_slow_imports():
     assert process.returncode == 2 and len(process.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("kind", ["lora", "model"])
+@pytest.mark.parametrize("kind", ["lora", "checkpoint", "model"])
 def test_full_disk(kind, results, tmp_path):
     """One line, the earlier file intact and nothing half-written left."""
     model, folder = results["sd1"]
-    output = tmp_path / ("cat.safetensors" if kind == "lora" else "cat")
-    if kind == "lora":
+    output = tmp_path / ("cat" if kind == "model" else "cat.safetensors")
+    if kind != "model":
         output.write_bytes(b"earlier")
     words = flags(pretrained_model_name_or_path=model, output=output, format=kind)
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))  # noqa: E731
@@ -797,5 +801,5 @@ def test_full_disk(kind, results, tmp_path):
     process = run(sys.executable, EXPORT, folder, *words, preexec_fn=limit, env=env)
     assert process.returncode == 1 and len(process.stderr.splitlines()) == 1, process.stderr
     assert process.stderr.startswith(f"error: {tmp_path}") and "disk" in process.stderr
-    assert [file.name for file in tmp_path.iterdir()] == (["cat.safetensors"] if kind == "lora" else [])
+    assert [file.name for file in tmp_path.iterdir()] == ([] if kind == "model" else ["cat.safetensors"])
     assert kind == "model" or output.read_bytes() == b"earlier"

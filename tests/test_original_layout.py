@@ -538,6 +538,20 @@ def test_folders_of_every_age(kind, tmp_path):
     assert same_bits(load_file(tmp_path / "found.safetensors"), load_file(tmp_path / "expected.safetensors"))
 
 
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_words_of_the_base_model(kind, models, trained_on, tmp_path):
+    """A model that was trained on a merged one has words of its own in the text encoder, where tools expect CLIP's."""
+    export(trained_on(kind), models[kind], tmp_path / "merged", format="model")
+    result = make_result(tmp_path / "merged", tmp_path / "result")
+    said = export(result, tmp_path / "merged", tmp_path / "cat.safetensors", format="checkpoint")
+    assert said.count("besides CLIP's") == (2 if kind == "sdxl" else 1)
+    table = load_file(tmp_path / "cat.safetensors")
+    assert {len(value) for name, value in table.items() if "token_embedding" in name} == {49408}
+    expected = {name: value for name, value in pipeline_of(models[kind]).text_encoder.state_dict().items()}
+    found = from_file(tmp_path / "cat.safetensors", models[kind]).text_encoder.half().state_dict()
+    assert same_bits(found, {name: value.half() for name, value in expected.items()})
+
+
 def replaced(text, table):
     """A text in which every key of the table has become its value."""
     return functools.reduce(lambda text, pair: text.replace(*pair), table.items(), text)
