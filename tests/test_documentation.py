@@ -194,7 +194,8 @@ def test_flags_that_are_named_exist(page):
     files = [ROOT / "train_custom_diffusion.py", ROOT / "retrieve.py"]
     files += [file for folder in ("benchmarks", "scripts") for file in (ROOT / folder).glob("*.py")]
     known = {name for file in files for name in re.findall(r'"--(\w+)"', file.read_text("utf-8"))}
-    known |= {"num_processes", "multi_gpu", "dynamo_backend", "logdir", "shm"}  # accelerate, tensorboard, docker
+    # accelerate, tensorboard, docker, A1111 (--no-half)
+    known |= {"num_processes", "multi_gpu", "dynamo_backend", "logdir", "shm", "no"}
     named = set(re.findall(r"(?<![\w-])--(\w+)", BLOCK.sub("", PAGES[page])))
     assert named - known - {"name"} == set()  # --name=value stands for any
 
