@@ -180,8 +180,11 @@ def test_every_format(kind, base, models, trained_on, tmp_path):
 # One file out
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
-@pytest.mark.parametrize("kind", [*KINDS, "BK-SDM tiny", "assets/model", "zero terminal SNR"])
+@pytest.mark.parametrize(
+    "kind, dtype",
+    [(kind, "fp32") for kind in (*KINDS, "BK-SDM tiny", "zero terminal SNR")]
+    + [("sd1", "fp16"), ("assets/model", "fp16")],
+)
 def test_checkpoint_of_a_folder(kind, dtype, models, tmp_path):
     """Every name and shape that such a file has, and none besides; the numbers of the folder, and those trained."""
     folder = models.get(kind) or (EMBEDDED if kind == "assets/model" else make_family(tmp_path / "m", FAMILIES[kind]))
@@ -371,8 +374,7 @@ def test_checkpoint_of_a_pickle(models, trained_on, tmp_path):
 # One file in
 
 
-@pytest.mark.parametrize("ending", ["safetensors", "ckpt"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind, ending", [("sd1", "ckpt"), ("SD 2.1", "safetensors"), ("sdxl", "safetensors")])
 def test_file_is_its_folder(kind, ending, models, trained_on, tmp_path):
     """A file in half precision is the model that was trained, and merging on it gives what the folder gives."""
     folder, result = models[kind], trained_on(kind)
