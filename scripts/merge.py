@@ -32,6 +32,7 @@ from results import (
     check_name,
     fail,
     failing_as,
+    load_one_file,
     not_negative,
     one_line_errors,
     positive,
@@ -62,7 +63,10 @@ def parse_args(input_args=None):
     # fmt: off
     add = parser.add_argument
     add("results", type=path, nargs="+", metavar="RESULT", help="output_dir, checkpoint, or hub repository")
-    add("--pretrained_model_name_or_path", type=path, required=True, help="base model of the results")
+    add("--pretrained_model_name_or_path", type=path, required=True,
+        help="base model of the results: a folder or hub id in diffusers format, or a .safetensors or .ckpt file")
+    add("--config_name_or_path", type=path,
+        help="folder or hub id in diffusers format with the configuration of a base model that is one file")
     add("--revision", help="revision of the base model on the hub")
     add("--variant", help="variant of the base model's weight files, such as fp16")
     add("--tokenizer_name", type=path, help="tokenizer instead of the model's, if the training had one")
@@ -147,27 +151,13 @@ def solve(wanted, kept):
 # ---------- Text features ---------------------------------------------------------------------------------------
 
 
-def load_text_parts(args, concepts, is_xl):
+def load_text_parts(args, concepts, base):
     """Returns (tokenizer, text encoder) of the base model, or SDXL's two pairs, with the new words."""
-    with failing_as("packages", PACKAGES_REMEDY):
-        import transformers
-
-        kinds = {"": transformers.CLIPTextModel}
-        if is_xl:
-            kinds["_2"] = transformers.CLIPTextModelWithProjection
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    model = args.pretrained_model_name_or_path
-    subject = f"--pretrained_model_name_or_path {model}"
-    options = {"revision": args.revision, "variant": args.variant, "use_safetensors": True}
+    subject = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
+    endings = ("", "_2") if base.is_xl else ("",)
     parts = []
-    for index, (ending, kind) in enumerate(kinds.items()):
-        folder = f"text_encoder{ending}"
-        remedy = "give the model that the results were trained on"
-        with failing_as(f"{subject}: {folder}", remedy, Path(model, folder)):
-            text_encoder = kind.from_pretrained(model, subfolder=folder, **options)
-        text_encoder.float()
-        tokenizer = load_tokenizer(args, ending)
+    for index, text_encoder in enumerate(load_text_encoders(args, base, subject)):
+        tokenizer = load_tokenizer(args, base, endings[index])
         # A tokenizer's own configuration can lack its length.
         tokenizer.model_max_length = text_encoder.config.max_position_embeddings
         for concept in concepts:
@@ -177,11 +167,35 @@ def load_text_parts(args, concepts, is_xl):
     return parts
 
 
-def load_tokenizer(args, ending):
+def load_text_encoders(args, base, subject):
+    """Returns the base model's text encoder, or SDXL's two, in float32."""
+    with failing_as("packages", PACKAGES_REMEDY):
+        import transformers
+
+        kinds = {"text_encoder": transformers.CLIPTextModel}
+        if base.is_xl:
+            kinds["text_encoder_2"] = transformers.CLIPTextModelWithProjection
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if base.file:
+        pipeline = load_one_file(base, subject, unet=None, vae=None)
+        return [getattr(pipeline, part) for part in kinds]
+    model = args.pretrained_model_name_or_path
+    options = {"revision": args.revision, "variant": args.variant, "use_safetensors": True}
+    found = []
+    for part, kind in kinds.items():
+        remedy = "give the model that the results were trained on"
+        with failing_as(f"{subject}: {part}", remedy, Path(model, part)):
+            found.append(kind.from_pretrained(model, subfolder=part, **options).float())
+    return found
+
+
+def load_tokenizer(args, base, ending):
     """Loads the base model's tokenizer, or with the ending "_2" its second; --tokenizer_name replaces the first."""
-    name = args.pretrained_model_name_or_path
+    name = str(base.folder) if base.file else args.pretrained_model_name_or_path
     folder = f"tokenizer{ending}"
-    subject = f"--pretrained_model_name_or_path {name}: {folder}"
+    flag = "config_name_or_path" if base.file else "pretrained_model_name_or_path"
+    subject = f"--{flag} {name}: {folder}"
     options = {"subfolder": folder, "revision": args.revision}
     if args.tokenizer_name and not ending:
         name = args.tokenizer_name
@@ -200,12 +214,12 @@ def load_tokenizer(args, ending):
 
 
 @torch.no_grad()
-def encode(parts, prompts, first=0, word=None):
+def encode(parts, prompts, clip_skip, first=0, word=None):
     """Text features of prompts, from token `first` to PADDING after the end of each, or of a word's token alone.
 
     Returns (tokens of all prompts, dim), float64. Token 0, the start, is the same in every prompt. So
     it counts where keys and values are to stay, and not where they are to change. SDXL's features are
-    those of both encoders, side by side.
+    those of both encoders, side by side. `clip_skip` layers before the usual one are skipped.
     """
     features = []
     for begin in range(0, len(prompts), 50):
@@ -217,7 +231,13 @@ def encode(parts, prompts, first=0, word=None):
             stops = (ids == tokenizer.eos_token_id).int().argmax(1) + 1 + PADDING
             # The encoder is causal, so what follows does not matter.
             output = text_encoder(ids[:, : max(stops)], output_hidden_states=True)
-            found = output[0] if len(parts) == 1 else output.hidden_states[-2]
+            if len(parts) > 1:
+                found = output.hidden_states[-2 - clip_skip]
+            elif clip_skip:
+                text_model = getattr(text_encoder, "text_model", text_encoder)  # transformers 5.6 has no such part
+                found = text_model.final_layer_norm(output.hidden_states[-1 - clip_skip])
+            else:
+                found = output[0]
             hidden_states.append(found.double())
         rows = torch.cat(hidden_states, -1)
         if word:
@@ -402,24 +422,33 @@ def warn_of_loss(inputs):
             warn(f"{result.name}: {problem} takes more of the concept away")
 
 
+def find_clip_skip(inputs):
+    """Returns how many layers of the text encoder the results skip, as they record; fails if they differ."""
+    found = {result.settings.get("clip_skip") or 0 for result in inputs}
+    if len(found) > 1:
+        values = " and ".join(map(str, sorted(found)))
+        fail("results", f"trained with --clip_skip {values}, as they record; give results of one")
+    return found.pop()
+
+
 def subtract_base(args, inputs, subject):
-    """Returns the base model's weights, the changes of them by each result, and the UNet's configuration.
+    """Returns the base model, and the changes of its weights by each result.
 
     The changes are float64: {result: {name: change}}. Fails if the results record different models.
     """
     names = {name for result in inputs for name in result.weights}
-    base, unet, _ = read_base(args, subject, names)
+    base = read_base(args, subject, names)
     changes = {}
     answers = []
     for result in inputs:
-        change = subtract(result, base, subject)
+        change = subtract(result, base.weights, subject)
         changes[result.name] = {name: value.double() for name, value in change.items()}
-        answers.append(check_base(result, base, args.pretrained_model_name_or_path))
+        answers.append(check_base(result, base.weights, args.pretrained_model_name_or_path))
     keys = ("base_model_fp16", "base_model")
     recorded = {tuple(result.settings.get(key) for key in keys) for result in inputs}
     if len(recorded) > 1 and False in answers:
         fail("results", "trained on different base models, as they record; give results of one")
-    return base, changes, unet
+    return base, changes
 
 
 def record(inputs, concepts, base, names):
@@ -431,6 +460,9 @@ def record(inputs, concepts, base, names):
     flags = ("kept_apart", "keep_apart", "with_prior_preservation")
     for flag in flags:
         settings[flag] = any(result.settings.get(flag, False) for result in inputs)
+    for name in ("clip_skip", "prediction_type", "rescale_betas_zero_snr"):
+        if name in inputs[0].settings:
+            settings[name] = inputs[0].settings[name]
     if len(inputs) == 1:
         settings["kept_apart"] = True
     return settings
@@ -445,15 +477,16 @@ def merge(args):
     concepts = read_concepts(args, inputs)
     captions = read_captions(args.captions, concepts)
     warn_of_loss(inputs)
+    clip_skip = find_clip_skip(inputs)
     subject = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
-    base, changes, unet = subtract_base(args, inputs, subject)
+    base, changes = subtract_base(args, inputs, subject)
 
     # Text features
-    parts = load_text_parts(args, concepts, is_xl=bool(unet.get("addition_embed_type")))
+    parts = load_text_parts(args, concepts, base)
     templates = TEMPLATES.read_text("utf-8").splitlines()
 
     def features_of(phrase, **which):
-        return encode(parts, [template.format(phrase) for template in templates], **which)
+        return encode(parts, [template.format(phrase) for template in templates], clip_skip, **which)
 
     wanted = []
     for concept in concepts:
@@ -462,25 +495,25 @@ def merge(args):
         which = {"word": concept.word} if is_apart else {"first": 1}
         wanted.append(features_of(concept.phrase, **which))
     classes = [features_of(concept.plain) for concept in concepts if concept.plain]
-    rest = encode(parts, captions)
+    rest = encode(parts, captions, clip_skip)
 
     # The closed form
     if args.method == "paper":
         found = exact_filters(wanted, rest, args.ridge)
     else:
         found = filters(wanted, classes, rest, args.weight, args.class_weight, args.ridge)
-    merged = {name: torch.zeros_like(value, dtype=torch.double) for name, value in base.items()}
+    merged = {name: torch.zeros_like(value, dtype=torch.double) for name, value in base.weights.items()}
     for concept, matrix in zip(concepts, found, strict=True):
         for name, change in changes[concept.result.name].items():
             merged[name] += change @ matrix
 
     print_kept(concepts, wanted, changes, merged)
-    print_moved(rest, len(captions), base, changes, merged)
-    weights = {name: (base[name].double() + change).float() for name, change in merged.items()}
+    print_moved(rest, len(captions), base.weights, changes, merged)
+    weights = {name: (base.weights[name].double() + change).float() for name, change in merged.items()}
     if not all(value.isfinite().all() for value in weights.values()):
         fail("--weight, --class_weight or --ridge", "the new weights are not finite; choose others")
     words = {concept.word: concept.rows for concept in concepts}
-    write_result(args.output_dir, weights, words, record(inputs, concepts, base, weights))
+    write_result(args.output_dir, weights, words, record(inputs, concepts, base.weights, weights))
 
 
 def print_kept(concepts, wanted, changes, merged):

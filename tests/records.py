@@ -65,3 +65,19 @@ def moved_model(model, folder, dtype=torch.float32, step=0.0):
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
     save_file({key: (value + step).to(dtype) for key, value in load_file(file).items()}, file)
     return folder
+
+
+def make_result(model, folder, parts=("to_k.weight", "to_v.weight"), step=0.1):
+    """A result without words and record: these parts of a model's cross-attention, moved by random numbers."""
+    torch.manual_seed(0)
+    folder.mkdir(parents=True)
+    moved = {}
+    for file in (model / "unet").glob("*.safetensors"):
+        for name, value in load_file(file).items():
+            layer, found, part = name.partition(".attn2.")
+            if found and part in parts:
+                projection, _, ending = part.partition(".")
+                key = f"{layer}.attn2.processor.{projection}_custom_diffusion.{ending}"
+                moved[key] = value.float() + step * torch.randn(value.shape)
+    save_file(moved, folder / f"{WEIGHTS}.safetensors")
+    return folder

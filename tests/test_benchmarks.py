@@ -21,6 +21,7 @@ COMMANDS = {  # file: (flags of its smallest form, what it prints)
     "benchmarks/concept_learning.py": (["--quick", "--runs", "cat kept apart"], r"^\| cat kept apart \| 0\.\d\d \|"),
     "benchmarks/inference.py": (["--size=tiny", "--rounds=1"], r"^loaded / merged: [\d.]+; .*: \d\.\de-0[5-9]$"),
     "benchmarks/memory.py": (["--size=tiny"], r"^\| end \| \d\.\d\d \| \d\.\d\d \| \d\.\d\d"),
+    "benchmarks/one_file.py": (["--size=tiny"], r"^\| a file \| 0\.\d\d GB \| [\d.]+ s \|"),
     "benchmarks/retrieve_speed.py": (["--repeats=1", "--num_images=20"], r"^[\d.]+ times as fast$"),
     "benchmarks/time_to_concept.py": (["--reference=train_custom_diffusion.py", "--quick"], r"^\| cached \| \d+ "),
     "examples/before_after.py": (

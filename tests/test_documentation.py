@@ -48,7 +48,10 @@ RESULTS += [f"results/{name}" for name in NAMES.split()]
 PICTURES = ("pot.png", "cat_from_a_pot.png", "pot_with_another_top.png", "cat_from_the_hub.png")
 LEFT = {
     "README.md": ["cat.png", "results/python/<new1>.safetensors"],
-    "docs/export.md": ["cat_from_a_lora.png", "results/exported/my-cat-model/model_index.json"],
+    "docs/export.md": [
+        *("cat_from_a_lora.png", "results/exported/my-cat-model/model_index.json"),
+        *("results/exported/my-cat.json", "results/exported/my-cat-model.safetensors"),
+    ],
     "docs/other-tools.md": [*PICTURES, "results/my-cat-model/model_index.json"],
 }
 
@@ -191,7 +194,8 @@ def test_flags_that_are_named_exist(page):
     files = [ROOT / "train_custom_diffusion.py", ROOT / "retrieve.py"]
     files += [file for folder in ("benchmarks", "scripts") for file in (ROOT / folder).glob("*.py")]
     known = {name for file in files for name in re.findall(r'"--(\w+)"', file.read_text("utf-8"))}
-    known |= {"num_processes", "multi_gpu", "dynamo_backend", "logdir", "shm"}  # accelerate, tensorboard, docker
+    # accelerate, tensorboard, docker, A1111 (--no-half)
+    known |= {"num_processes", "multi_gpu", "dynamo_backend", "logdir", "shm", "no"}
     named = set(re.findall(r"(?<![\w-])--(\w+)", BLOCK.sub("", PAGES[page])))
     assert named - known - {"name"} == set()  # --name=value stands for any
 

@@ -54,10 +54,13 @@ def export(result, model, output, status=0, env=None, **values):
     return process.stdout if status == 0 else process.stderr
 
 
-def export_here(result, model, output, **values):
+def export_here(result, model, output, warnings=False, **values):
     """Calls the script's main in this process, which has torch already; returns what it printed."""
     words = flags(pretrained_model_name_or_path=model, output=output, **values)
-    with contextlib.redirect_stdout(io.StringIO()) as said:
+    with contextlib.ExitStack() as stack:
+        said = stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        if warnings:
+            stack.enter_context(contextlib.redirect_stderr(said))
         script.main(script.parse_args([str(result), *words]))
     return said.getvalue()
 
@@ -307,21 +310,63 @@ def test_lycoris_merges_what_was_trained(kind, results, tmp_path):
 
 @pytest.mark.parametrize("name", ["sd1", "sd2"])
 def test_words(name, results, tmp_path):
-    """Named without < and >, one-dimensional, exactly the trained numbers whatever the LoRA's precision."""
+    """Named without < and >, and exactly the trained numbers whatever the LoRA's precision.
+
+    One row under the name emb_params: SD.Next takes a word of one dimension for as many words as it has numbers, and
+    ComfyUI, A1111, Forge, InvokeAI and diffusers read this form as well (tried with the loaders of all six).
+    """
     model, folder = results[name]
     export_here(folder, model, tmp_path / "loras" / "cat.safetensors", dtype="fp16")
     plain = [word.strip("<>") for word in WORDS[name]]
-    files = {f"{word}.safetensors" for word in plain} | {"cat.safetensors"}
-    assert {file.name for file in (tmp_path / "loras").iterdir()} == files
+    assert {file.stem for file in (tmp_path / "loras").glob("*.safetensors")} == {"cat", *plain}
     pipeline = use_words(fresh_pipeline(model), tmp_path / "loras", WORDS[name])
     for word in WORDS[name]:
         table = load_file(tmp_path / "loras" / f"{word.strip('<>')}.safetensors")
         expected = load_file(folder / f"{word}.safetensors")[word]
-        assert list(table) == [word.strip("<>")]
+        assert list(table) == ["emb_params"]
         (value,) = table.values()
-        assert value.shape == (DIM,) and value.dtype == torch.float32 and torch.equal(value, expected)
+        assert value.shape == (1, DIM) and value.dtype == torch.float32 and torch.equal(value[0], expected)
         row = pipeline.tokenizer.convert_tokens_to_ids(word)
         assert torch.equal(pipeline.text_encoder.get_input_embeddings().weight[row], expected)
+
+
+def test_words_that_a_tool_cannot_type(results, tmp_path):
+    """ComfyUI ends an embedding's name at a space (sd1_clip.py), and InvokeAI finds few signs (ti_utils.py)."""
+    model, folder = results["sd2"]
+    result = rename_words(copy_result(folder, tmp_path / "result"), {"<New1>": "<my cat>", "<new2>": "<кот>"})
+    said = export_here(result, model, tmp_path / "cat.safetensors", warnings=True)
+    lines = [line for line in said.splitlines() if line.startswith("warning: word")]
+    assert [re.findall(r"word (.+?): (\w+) ", line)[0] for line in lines] == [
+        ("<my cat>", "ComfyUI"),
+        ("<кот>", "InvokeAI"),
+    ]
+    assert "warning" not in export_here(folder, model, tmp_path / "plain" / "cat.safetensors", warnings=True)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full", "checkpoint"])
+def test_what_a_tool_shows(kind, results, tmp_path):
+    """A1111 and Forge read the words and a picture beside a LoRA (ui_extra_networks.py), and so does InvokeAI
+    (lora_metadata_extractor.py): its words are what stands between commas under "activation text"."""
+    model, folder = results["sd2"]
+    result = copy_result(folder, tmp_path / "result")
+    shutil.copy(ROOT / "assets" / "instance" / "cat" / "0.png", result / "image_0.png")
+    output = tmp_path / "out" / "cat.safetensors"
+    said = export_here(result, model, output, format=kind)
+    card, picture = output.with_suffix(".json"), output.with_suffix(".png")
+    assert card.exists() == picture.exists() == (kind != "checkpoint")
+    if kind == "checkpoint":
+        return
+    assert json.loads(card.read_text())["activation text"] == "New1, new2"
+    assert picture.read_bytes() == (result / "image_0.png").read_bytes()
+    assert f"Wrote {card}" in said and f"Wrote {picture}" in said
+    # Again: what is the same is not mentioned, and what a user has changed is left.
+    said = export_here(result, model, output, format=kind)
+    assert str(card) not in said and str(picture) not in said
+    card.write_text('{"activation text": "New1 cat"}')
+    (result / "image_0.png").unlink()
+    said = export_here(result, model, output, format=kind)
+    assert f"Left {card} as it was" in said and card.read_text() == '{"activation text": "New1 cat"}'
+    assert picture.exists()
 
 
 @pytest.mark.parametrize("word, name", [("<new1>", "new1"), ("[V]", "V"), ("S*", "S"), ("(a){b}", "ab")])
@@ -356,8 +401,17 @@ def test_words_of_the_record(kind, results, tmp_path):
     shutil.copy(folder / "<new2>.safetensors", result)
     said = export_here(result, model, tmp_path / "out" / "cat.safetensors", format=kind)
     assert f"{result}: zebra1, apple1;" in said
-    names = {file.name for file in (tmp_path / "out").iterdir()}
-    assert names == {"cat.safetensors", "zebra1.safetensors", "apple1.safetensors"}
+    names = {file.stem for file in (tmp_path / "out").glob("*.safetensors")}
+    assert names == {"cat", "zebra1", "apple1"}
+
+
+def test_order_of_words_in_a_model(results, tmp_path):
+    """That of the record, not of the files: transformers pools an XL's prompt at the word with the largest number."""
+    model, folder = results["sd2"]
+    result = rename_words(copy_result(folder, tmp_path / "result"), {"<New1>": "zebra1", "<new2>": "apple1"})
+    export_here(result, model, tmp_path / "merged", format="model")
+    tokenizer = StableDiffusionPipeline.from_pretrained(tmp_path / "merged").tokenizer
+    assert tokenizer.convert_tokens_to_ids(["zebra1", "apple1"]) == [49408, 49409]
 
 
 def test_words_without_a_record(results, tmp_path):
@@ -387,7 +441,7 @@ def test_result_in_bin_alone(results, tmp_path):
     torch.save({"<new2>": torch.zeros(DIM)}, both / "<new2>.bin")
     for result in (both, bare):
         export_here(result, model, tmp_path / f"of {result.name}" / "cat.safetensors")
-    files = sorted((tmp_path / "of both").iterdir())
+    files = sorted((tmp_path / "of both").glob("*.safetensors"))
     assert len(files) == 3
     for file in files:
         assert same_bits(load_file(tmp_path / "of bare" / file.name), load_file(file)), file
@@ -476,8 +530,12 @@ def test_result_and_model_from_a_hub(results, tmp_path):
         export("tester/bare", "tester/sd", tmp_path / "bare.safetensors", env=env)
         files = {file.name for file in (tmp_path / "home").rglob("*") if file.is_symlink()}
         assert f"{WEIGHTS}.bin" in files and "<new1>.bin" in files and "pytorch_model.bin" not in files
+        export("tester/my-cat", "tester/sd", tmp_path / "one" / "hub.safetensors", format="checkpoint", env=env)
         remedy = export("tester/nothing", "tester/sd", tmp_path / "no.safetensors", status=1, env=env)
         assert remedy.startswith("error: tester/nothing: ") and len(remedy.splitlines()) == 1
+    export_here(folder, model, tmp_path / "one" / "local.safetensors", format="checkpoint")
+    left, right = (load_file(tmp_path / "one" / f"{name}.safetensors") for name in ("hub", "local"))
+    assert same_bits(left, right)
     export_here(folder, model, tmp_path / "local.safetensors")
     assert (tmp_path / "hub.safetensors").stat().st_size == (tmp_path / "local.safetensors").stat().st_size
     left, *others = (load_file(tmp_path / f"{name}.safetensors") for name in ("hub", "local", "bare"))
@@ -730,12 +788,12 @@ def test_help_and_wrong_arguments_answer_before_the_slow_imports():
     assert process.returncode == 2 and len(process.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("kind", ["lora", "model"])
+@pytest.mark.parametrize("kind", ["lora", "checkpoint", "model"])
 def test_full_disk(kind, results, tmp_path):
     """One line, the earlier file intact and nothing half-written left."""
     model, folder = results["sd1"]
-    output = tmp_path / ("cat.safetensors" if kind == "lora" else "cat")
-    if kind == "lora":
+    output = tmp_path / ("cat" if kind == "model" else "cat.safetensors")
+    if kind != "model":
         output.write_bytes(b"earlier")
     words = flags(pretrained_model_name_or_path=model, output=output, format=kind)
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))  # noqa: E731
@@ -743,5 +801,5 @@ def test_full_disk(kind, results, tmp_path):
     process = run(sys.executable, EXPORT, folder, *words, preexec_fn=limit, env=env)
     assert process.returncode == 1 and len(process.stderr.splitlines()) == 1, process.stderr
     assert process.stderr.startswith(f"error: {tmp_path}") and "disk" in process.stderr
-    assert [file.name for file in tmp_path.iterdir()] == (["cat.safetensors"] if kind == "lora" else [])
+    assert [file.name for file in tmp_path.iterdir()] == ([] if kind == "model" else ["cat.safetensors"])
     assert kind == "model" or output.read_bytes() == b"earlier"

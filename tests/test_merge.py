@@ -28,7 +28,6 @@ from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import merge as script  # noqa: E402
-
 from results import Problem  # noqa: E402
 
 MERGE = ROOT / "scripts" / "merge.py"
@@ -168,6 +167,30 @@ def test_trained_apart(results, sd1, features, tmp_path):
         word.append(features([template.format("<new1> cat")])[position])
     assert len(word) < len(whole)
     check_least_squares(load_weights(tmp_path / "run"), results, sd1, features, [np.stack(word), pot], (10, 4, 1e-2))
+
+
+def test_clip_skip(results, sd1, tmp_path):
+    """Merging sees the layer of the text encoder with which the training was done, and the new result names it."""
+    cat = copy_result(results["cat"], tmp_path / "cat", clip_skip=1)
+    pipeline, seen = loaded_pipeline(sd1), []
+    encoder = pipeline.text_encoder
+    norm = next(module for name, module in encoder.named_modules() if name.endswith("final_layer_norm"))
+    prompts = ["photo of a cat", "two dogs"]
+    for prompt in prompts:
+        ids = pipeline.tokenizer(prompt, padding="max_length", max_length=77, return_tensors="pt").input_ids
+        with torch.no_grad():
+            rows = norm(encoder(ids, output_hidden_states=True).hidden_states[-2])[0].double()
+        seen.append(rows[: len(prompt.split()) + 2 + 10])
+    found = script.encode([(pipeline.tokenizer, encoder)], prompts, clip_skip=1)
+    assert torch.equal(found, torch.cat(seen))
+    assert not torch.allclose(found, script.encode([(pipeline.tokenizer, encoder)], prompts, clip_skip=0))
+    merge_here(cat, model=sd1, output_dir=tmp_path / "run")
+    merge_here(results["cat"], model=sd1, output_dir=tmp_path / "plain")
+    assert settings_of(tmp_path / "run")["clip_skip"] == 1
+    assert not same_weights(tmp_path / "run", tmp_path / "plain")
+    options = {"rename": [f"{results['pot']}:<new1>=<new2>"]}
+    line = refusal(cat, results["pot"], model=sd1, output_dir=tmp_path / "no", **options)
+    assert line.startswith("error: results: trained with --clip_skip 0 and 1")
 
 
 def test_the_paper_s_form(results, sd1, features, tmp_path):
