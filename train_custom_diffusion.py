@@ -1121,10 +1121,15 @@ def text_parts(pipeline):
     return parts
 
 
+def is_one_file(args):
+    """Whether the base model is one file, not a folder or a hub id."""
+    return Path(args.pretrained_model_name_or_path).is_file()
+
+
 def read_file(args):
     """The weights of a model in one file, by the names that they have there; empty for a folder or hub id."""
     file = args.pretrained_model_name_or_path
-    if not Path(file).is_file():
+    if not is_one_file(args):
         return {}
     remedy = "download it again, or give the .safetensors of the same model"
     with failing_as(f"--pretrained_model_name_or_path {file}", remedy, file):
@@ -1165,37 +1170,34 @@ def find_base(args):
     --config_name_or_path is where the configurations and tokenizers are, for a folder or hub id the
     model itself.
     """
-    args = argparse.Namespace(
-        **vars(args), prediction_source="--prediction_type" if args.prediction_type else "its scheduler"
-    )
+    name = args.pretrained_model_name_or_path
+    args = argparse.Namespace(**vars(args), prediction_source="its scheduler")
     weights = read_file(args)
-    if weights:
-        default = check_file(args, weights)
-    elif args.config_name_or_path:
-        fail("--config_name_or_path", "only for a model in one file; leave it out")
-    else:
-        default = args.pretrained_model_name_or_path
+    default = check_file(args, weights) if is_one_file(args) else name
+    if args.config_name_or_path and not is_one_file(args):
+        fail("--config_name_or_path", f"only for a model in one file, and {name} is none; leave it out")
     args.config_name_or_path = args.config_name_or_path or default
     # These names stand for nothing but themselves.
-    if "v_pred" in weights and not args.prediction_type:
-        args.prediction_type, args.prediction_source = "v_prediction", "the file's key v_pred"
+    if args.prediction_type:
+        args.prediction_source = "--prediction_type"
+    elif "v_pred" in weights:
+        args.prediction_type = "v_prediction"
+        args.prediction_source = "the file's key v_pred"
     args.rescale_betas_zero_snr |= "ztsnr" in weights
     return args
 
 
 def config_subject(args):
     """The flag by which the configurations were given."""
-    is_model = args.config_name_or_path == args.pretrained_model_name_or_path
-    return f"--{'pretrained_model' if is_model else 'config'}_name_or_path {args.config_name_or_path}"
+    return f"--{'config' if is_one_file(args) else 'pretrained_model'}_name_or_path {args.config_name_or_path}"
 
 
 def check_base_model(args):
     """Fails unless the base model is a Stable Diffusion 1.x, 2.x or XL; returns its text encoders' configurations."""
     name = args.config_name_or_path
     model = config_subject(args)
-    is_model = name == args.pretrained_model_name_or_path
     remedy = "give a hub id within reach, a folder in diffusers format, or one file"
-    if not is_model:
+    if is_one_file(args):
         remedy = (
             "give a folder in diffusers format, or hub id within reach, of the same kind; its weights are not needed"
         )
@@ -1294,18 +1296,27 @@ def load_unet(args, weights, dtype, unet_class):
     return unet.eval()
 
 
-def check_text_encoders(pipeline, weights):
-    """Fails unless text encoders have a file's numbers: some loaders leave them random, with no more than a warning."""
-    known = [
-        value
-        for key, value in weights.items()
-        if key.endswith(("token_embedding.weight", "fc2.weight", "c_proj.weight"))
-    ]
+def read_pipeline(args, weights, pipeline_class, parts):
+    """diffusers' pipeline of a model in one file, in float32; fails unless its text encoders have the file's numbers.
+
+    Some versions leave them random, with no more than a warning.
+    """
+    options = {"config": args.config_name_or_path, "revision": args.revision, "torch_dtype": torch.float32}
+    try:
+        pipeline = pipeline_class.from_single_file(args.pretrained_model_name_or_path, **options, **parts)
+    except NotImplementedError:  # what torch raises about a tensor without numbers
+        raise ValueError("numbers of its VAE are missing") from None
+    endings = ("token_embedding.weight", "fc2.weight", "c_proj.weight")
+    known = [value for key, value in weights.items() if key.endswith(endings)]
     for _, text_encoder in text_parts(pipeline):
-        layers = [value for name, value in text_encoder.named_parameters() if name.endswith("fc2.weight")]
-        for value in (text_encoder.get_input_embeddings().weight, layers[-1]):
+        for name, value in text_encoder.named_parameters():
+            if value.is_meta:
+                raise ValueError(f"{name} of its text encoder is missing")
+        last = [value for name, value in text_encoder.named_parameters() if name.endswith("fc2.weight")][-1]
+        for value in (text_encoder.get_input_embeddings().weight, last):
             if not any(other.shape == value.shape and torch.equal(other.to(value.dtype), value) for other in known):
                 raise ValueError("its text encoder was loaded with other numbers than the file's")
+    return pipeline
 
 
 def load_pipeline(args, tokenizers, dtype, unet_class=UNet2DConditionModel):
@@ -1326,7 +1337,6 @@ def load_pipeline(args, tokenizers, dtype, unet_class=UNet2DConditionModel):
         parts |= {"safety_checker": None, "requires_safety_checker": False}
     if args.pretrained_vae_model_name_or_path:
         parts["vae"] = load_vae(args)
-    options = {"torch_dtype": torch.float32, "revision": args.revision}
     weights = read_file(args)
     remedy = "give a complete model, and --variant fp16 if its weight files are named so"
     if weights:
@@ -1337,12 +1347,16 @@ def load_pipeline(args, tokenizers, dtype, unet_class=UNet2DConditionModel):
             if any(key.startswith("conditioner.") for key in weights) != (len(tokenizers) > 1):
                 raise ValueError(f"one of it and {config_name} is a Stable Diffusion XL, the other is not")
             parts["unet"] = load_unet(args, weights, dtype, unet_class)
-            pipeline = pipeline_class.from_single_file(name, config=config_name, **options, **parts)
-            check_text_encoders(pipeline, weights)
+            pipeline = read_pipeline(args, weights, pipeline_class, parts)
         else:
             source = {"revision": args.revision, "variant": args.variant}
             parts["unet"] = unet_class.from_pretrained(name, subfolder="unet", torch_dtype=dtype, **source)
             pipeline = pipeline_class.from_pretrained(name, torch_dtype=torch.float32, **source, **parts)
+    if not torch.accelerator.is_available():
+        # Numbers that are used where they lie in a file make other last bits in another file.
+        for network in (pipeline.unet, pipeline.vae, *(text_encoder for _, text_encoder in text_parts(pipeline))):
+            for parameter in network.parameters():
+                parameter.data = parameter.data.clone()
     # Keep only the noise schedule. Other settings belong to one sampler, and some samplers need extra packages.
     settings = {key: value for key, value in config.items() if key in SCHEDULER_SETTINGS} | stated_schedule(args)
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(settings)
@@ -1903,7 +1917,7 @@ class Result:
         base = repr(args.pretrained_model_name_or_path)
         loader = "DiffusionPipeline.from_pretrained"
         settings = ["revision", "variant"]
-        if args.config_name_or_path != args.pretrained_model_name_or_path:
+        if is_one_file(args):
             loader = "StableDiffusionXLPipeline" if self.is_xl else "StableDiffusionPipeline"
             loader += ".from_single_file"
             base += f", config={args.config_name_or_path!r}"
@@ -2102,7 +2116,7 @@ def merge_command(result, args):
     """The command that keeps the concept apart from the rest of the model (docs/merging.md)."""
     command = ["python", "scripts/merge.py", str(result.folder)]
     names = ["pretrained_model_name_or_path", "revision", "variant", "tokenizer_name"]
-    if args.config_name_or_path != args.pretrained_model_name_or_path:
+    if is_one_file(args):
         names.append("config_name_or_path")
     for name in names:
         if getattr(args, name):
@@ -2119,7 +2133,7 @@ def upload(result, args, concepts, pictures, repository):
     license_name = None
     # Without a card, a network or a licence in the card the key is left out.
     with contextlib.suppress(Exception):
-        if Path(base).is_file():
+        if is_one_file(args):
             raise ValueError("one file has no card")
         license_name = ModelCard.load(own_card if own_card.is_file() else base).data.license
     metadata = ModelCardData(

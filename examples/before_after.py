@@ -9,6 +9,7 @@ results, such as a training and what scripts/merge.py makes of it, get a row eac
 """
 
 import argparse
+import json
 import os
 import textwrap
 from pathlib import Path
@@ -44,6 +45,7 @@ def parse_args():
     # fmt: off
     add = parser.add_argument
     add("--pretrained_model_name_or_path", required=True, help="base model of the training")
+    add("--config_name_or_path", help="of a base model in one file: as for the training")
     add("--weights_dir", nargs="+", required=True, help="the training's output_dir, or a checkpoint in it")
     add("--labels", nargs="+", default=["after"], help="of the rows, one for each weights_dir")
     add("--instance_data_dir", type=Path, required=True, help="the training's pictures of the concept")
@@ -60,8 +62,20 @@ def parse_args():
     return args
 
 
-def load_pipeline(name):
-    """The base model with a fast sampler, on the GPU if there is one."""
+def read_record(folder):
+    """What a training's files say of its settings; empty if they are .bin files."""
+    from safetensors import safe_open
+
+    file = Path(folder, f"{WEIGHTS_NAME}.safetensors")
+    if not file.is_file():
+        return {}
+    with safe_open(file, "pt") as opened:
+        return json.loads((opened.metadata() or {}).get("settings", "{}"))
+
+
+def load_pipeline(name, config=None, record=None):
+    """The base model with a fast sampler, on the GPU if there is one; it predicts what the training's record says."""
+    import diffusers
     import torch
     from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
     from diffusers.utils import logging
@@ -71,8 +85,15 @@ def load_pipeline(name):
     logging.disable_progress_bar()
     disable_progress_bar()
     not_needed = {"safety_checker": None, "feature_extractor": None}  # and perhaps not there
-    pipeline = DiffusionPipeline.from_pretrained(name, requires_safety_checker=False, **not_needed)
-    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    if config:
+        kind = getattr(diffusers, DiffusionPipeline.load_config(config)["_class_name"])
+        pipeline = kind.from_single_file(str(name), config=str(config), **not_needed)
+    else:
+        pipeline = DiffusionPipeline.from_pretrained(name, requires_safety_checker=False, **not_needed)
+    schedule = {key: record[key] for key in ("prediction_type", "rescale_betas_zero_snr") if key in (record or {})}
+    if schedule.get("rescale_betas_zero_snr"):
+        schedule["timestep_spacing"] = "trailing"
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, **schedule)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu", torch.float32)
 
@@ -166,7 +187,8 @@ def main():
 
     drawn = {}  # pictures of both groups by label
     for label, folder in [("before", None), *zip(args.labels, args.weights_dir, strict=True)]:
-        pipeline = load_pipeline(args.pretrained_model_name_or_path)
+        record = read_record(folder or args.weights_dir[0])
+        pipeline = load_pipeline(args.pretrained_model_name_or_path, args.config_name_or_path, record)
         if folder:
             load_concept(pipeline, folder, tokens)
         drawn[label] = [generate(pipeline, prompts, args.seed + i) for i, prompts in enumerate(groups)]

@@ -307,6 +307,27 @@ def no_memory_for_final_pictures(folder, rank):
     trainer.validate = fail
 
 
+def old_diffusers(folder, rank):
+    """A pair of versions of which the older one can't read what the newer one makes."""
+    import diffusers
+    import transformers
+
+    diffusers.__version__, transformers.__version__ = "0.38.0", "5.6.0"
+
+
+def random_text_encoder(folder, rank):
+    """diffusers reads a text encoder from a file, and leaves a layer of it as it was drawn."""
+    load = StableDiffusionPipeline.from_single_file
+
+    def loaded(*args, **kwargs):
+        pipeline = load(*args, **kwargs)
+        names = [name for name, _ in pipeline.text_encoder.named_parameters() if name.endswith("fc2.weight")]
+        torch.nn.init.normal_(pipeline.text_encoder.get_parameter(names[-1]))
+        return pipeline
+
+    StableDiffusionPipeline.from_single_file = loaded
+
+
 def slow_disk(folder, rank):
     """Makes flushing and deleting a file take long enough for a test to kill the process in between."""
     fsync, unlink = os.fsync, os.unlink
