@@ -41,6 +41,13 @@ def beside(folder, name):
 # Watching
 
 
+def without_check_of_prediction():
+    """Leaves out what encodes, adds noise and predicts before the first step."""
+    import train_custom_diffusion as trainer
+
+    trainer.check_prediction = lambda *_: None
+
+
 def record_generation(folder, rank):
     """Notes the prompt and the seed of each picture that a pipeline draws from a list of generators."""
     call = StableDiffusionPipeline.__call__
@@ -56,6 +63,7 @@ def record_generation(folder, rank):
 
 def record_steps(folder, rank):
     """Records latents, noise, timesteps and token ids of every step, and the models as they are in the end."""
+    without_check_of_prediction()
     record, models = {"noised": [], "ids": []}, {}
     add_noise, forward = DDPMScheduler.add_noise, CLIPTextModel.forward
 
@@ -136,6 +144,7 @@ def record_batches(folder, rank):
     """Records the pixels that are encoded before the training, every batch of the training, and its latents."""
     import train_custom_diffusion as trainer
 
+    without_check_of_prediction()
     record = {"pixels": [], "batches": [], "latents": [], "encoded_in_training": 0}
     encode, add_noise, loss_of = AutoencoderKL.encode, DDPMScheduler.add_noise, trainer.diffusion_loss
 
