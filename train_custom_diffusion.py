@@ -466,7 +466,7 @@ XL_NAMES = ("clip_l", "clip_g")  # of a word's embeddings for SDXL's two text en
 FILE_PARTS = {  # of a model in one file, by what the names of their weights start with
     "UNet": "model.diffusion_model.",
     "VAE": "first_stage_model.",
-    "text encoder": ("cond_stage_model.", "conditioner."),
+    "text encoder": ("cond_stage_model.transformer.text_model.", "cond_stage_model.model.", "conditioner."),
 }
 OTHER_FILES = {  # without a UNet, by what stands in the name of a weight
     "lora_": "a LoRA",
@@ -1081,9 +1081,8 @@ class DenoisingModel(nn.Module):
             if not self.clip_skip:
                 return self.text_encoder(input_ids)[0], None
             layers = self.text_encoder(input_ids, output_hidden_states=True).hidden_states
-            text_model = getattr(
-                self.text_encoder, "text_model", self.text_encoder
-            )  # transformers 5.6 has no such part
+            # From transformers 5.6 on, the model itself has what was in a part of it.
+            text_model = getattr(self.text_encoder, "text_model", self.text_encoder)
             return text_model.final_layer_norm(layers[-1 - self.clip_skip]), None
         first = self.text_encoder(input_ids, output_hidden_states=True)
         second = self.text_encoder_2(input_ids_2, output_hidden_states=True)
@@ -1133,6 +1132,8 @@ def read_file(args):
         return {}
     remedy = "download it again, or give the .safetensors of the same model"
     with failing_as(f"--pretrained_model_name_or_path {file}", remedy, file):
+        if not file.endswith((".safetensors", ".ckpt")):
+            raise ValueError("not by its name a .safetensors or .ckpt file, as diffusers tells them apart")
         return single_file_utils.load_single_file_checkpoint(file)
 
 
@@ -1160,7 +1161,7 @@ def check_file(args, weights):
         lacking = [part for part in lacking if part != "VAE"]
     if lacking:
         remedy = f"give --pretrained_vae_model_name_or_path, or {whole.removeprefix('give ')}"
-        fail(model, f"no {' and no '.join(lacking)} in it; {remedy if lacking == ['VAE'] else whole}")
+        fail(model, f"no {' and no '.join(lacking)} by its usual name in it; {remedy if lacking == ['VAE'] else whole}")
     return DELETED.get(known, known)
 
 
@@ -1198,9 +1199,7 @@ def check_base_model(args):
     model = config_subject(args)
     remedy = "give a hub id within reach, a folder in diffusers format, or one file"
     if is_one_file(args):
-        remedy = (
-            "give a folder in diffusers format, or hub id within reach, of the same kind; its weights are not needed"
-        )
+        remedy = "give a folder in diffusers format of the same kind, which needs no weights, or a hub id within reach"
     with failing_as(model, remedy, name):
         is_id = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) and not name.endswith((".safetensors", ".ckpt"))
         if not Path(name).exists() and not is_id:

@@ -151,9 +151,12 @@ REFUSED = {  # what is made of the file, and what the line says
     "embedding": (these(emb_params=(1, 32)), ["an embedding"]),
     "embedding of XL": (these(clip_l=(1, 32), clip_g=(1, 48)), ["an embedding"]),
     "averaged weights alone": (without("model.diffusion_model."), ["averaged weights (EMA) alone"]),
-    "no VAE": (without("first_stage_model."), ["no VAE in it", "--pretrained_vae_model_name_or_path"]),
-    "no text encoder": (without("cond_stage_model."), ["no text encoder in it", "all of a Stable Diffusion"]),
-    "UNet alone": (only("model.diffusion_model."), ["no VAE and no text encoder in it"]),
+    "no VAE": (without("first_stage_model."), ["no VAE by its usual name", "--pretrained_vae_model_name_or_path"]),
+    "no text encoder": (
+        without("cond_stage_model."),
+        ["no text encoder by its usual name", "all of a Stable Diffusion"],
+    ),
+    "UNet alone": (only("model.diffusion_model."), ["no VAE and no text encoder by"]),
     "VAE alone": (only("first_stage_model."), ["no model, but a file of first_stage_model."]),
     "UNet of a folder": (these(down_blocks__0__resnets__0__conv1__weight=(4, 4)), ["a part of", "diffusers format"]),
     "inpainting": (wide, ["stable-diffusion-inpainting"]),
@@ -177,9 +180,9 @@ REFUSED = {  # what is made of the file, and what the line says
         without("first_stage_model.quant_conv"),
         ["numbers of its VAE are missing", "complete file"],
     ),
-    "another text encoder's names": (
+    "names of early merges": (
         lambda state: {key.replace(".text_model.", "."): value for key, value in state.items()},
-        ["text encoder", "complete file"],
+        ["no text encoder by its usual name"],
     ),
 }
 
@@ -202,6 +205,8 @@ def refusals(sd1, sdxl, one_concept, tmp_path_factory):
     }.items():
         files[name] = folder / f"{name}.safetensors"
         files[name].write_bytes(content)
+    for name in ("no ending", "capitals.SAFETENSORS"):
+        files[name] = shutil.copy(folder / "whole.safetensors", folder / name)
     files["pickled code"] = folder / "code.ckpt"
     torch.save({"state_dict": whole, "callbacks": SideEffect()}, files["pickled code"])
     calls = {name: flags(**given | {"pretrained_model_name_or_path": file}) for name, file in files.items()}
@@ -226,6 +231,8 @@ OTHERS = {
     "cut": ["cut.safetensors", "download it again"],
     "a page of the web": ["a page of the web.safetensors", "download it again"],
     "not fetched": ["git lfs pull"],
+    "no ending": ["no ending", "not by its name a .safetensors"],
+    "capitals.SAFETENSORS": ["not by its name a .safetensors"],
     "pickled code": ["code.ckpt", "give the .safetensors"],
     "no configuration": ["--config_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5", "folder"],
     "configuration of XL": ["one of it and", "a Stable Diffusion XL", "--config_name_or_path"],

@@ -67,18 +67,16 @@ def test_velocity_of_a_model_that_says_noise(flags_of, tmp_path):
     assert record_of(tmp_path / "right")["prediction_type"] == "v_prediction"
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
-def test_keys_of_a_file(kind, request, flags_of, tmp_path):
+def test_keys_of_a_file(sd1, flags_of, tmp_path):
     """v_pred and ztsnr are as good as flags, and lose against them; the printed lines draw with them."""
-    model = request.getfixturevalue(kind)
-    file = write_original(model, tmp_path / "model.safetensors", empty=["v_pred", "ztsnr"])
-    given = flags_of(file, config_name_or_path=model, learning_rate=1e-2)
+    file = write_original(sd1, tmp_path / "model.safetensors", empty=["v_pred", "ztsnr"])
+    given = flags_of(file, config_name_or_path=sd1, learning_rate=1e-2)
     said = log_of(tmp_path / "keys", **given, observer=record_losses)
     source = "the file's key v_pred"
     assert f"predicts v_prediction, to zero terminal SNR, as {source} says" in said
     stated = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
     assert stated.items() <= record_of(tmp_path / "keys").items()
-    fork(tmp_path / "flags", **flags_of(model, learning_rate=1e-2, **stated))
+    fork(tmp_path / "flags", **flags_of(sd1, learning_rate=1e-2, **stated))
     assert same_bits(load_trained(tmp_path / "keys"), load_trained(tmp_path / "flags"))
     said_of_flag = log_of(tmp_path / "other", **given, prediction_type="epsilon")
     assert "predicts epsilon, to zero terminal SNR, as --prediction_type says" in said_of_flag
