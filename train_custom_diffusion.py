@@ -1064,7 +1064,7 @@ class ModifierEmbedding(nn.Module):
 class DenoisingModel(nn.Module):
     """Text encoders and UNet as one, so that DDP, accumulation, autocast and compiler see one forward."""
 
-    def __init__(self, pipeline, clip_skip):
+    def __init__(self, pipeline, clip_skip=0):
         super().__init__()
         self.clip_skip = clip_skip
         self.unet = pipeline.unet
