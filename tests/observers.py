@@ -279,6 +279,7 @@ def watch_precision(folder, rank):
     """Notes for each call of the UNet whether it proves the reload, and whether TF32 is allowed."""
     import train_custom_diffusion as trainer
 
+    without_check_of_prediction()
     forward, prove, found, proving = UNet2DConditionModel.forward, trainer.prove_reload, [], []
 
     def watched(self, *args, **kwargs):
