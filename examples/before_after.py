@@ -9,6 +9,7 @@ results, such as a training and what scripts/merge.py makes of it, get a row eac
 """
 
 import argparse
+import json
 import os
 import textwrap
 from pathlib import Path
@@ -44,6 +45,7 @@ def parse_args():
     # fmt: off
     add = parser.add_argument
     add("--pretrained_model_name_or_path", required=True, help="base model of the training")
+    add("--config_name_or_path", help="of a base model in one file: as for the training")
     add("--weights_dir", nargs="+", required=True, help="the training's output_dir, or a checkpoint in it")
     add("--labels", nargs="+", default=["after"], help="of the rows, one for each weights_dir")
     add("--instance_data_dir", type=Path, required=True, help="the training's pictures of the concept")
@@ -55,24 +57,52 @@ def parse_args():
     add("--seed", type=int, default=0, help="of the noise that pictures start from")
     # fmt: on
     args = parser.parse_args()
+    if Path(args.pretrained_model_name_or_path).is_file() and not args.config_name_or_path:
+        parser.error("a model in one file needs --config_name_or_path")
     if len(args.labels) != len(args.weights_dir):
         parser.error("give as many --labels as --weights_dir")
     return args
 
 
-def load_pipeline(name):
-    """The base model with a fast sampler, on the GPU if there is one."""
+def read_record(folder):
+    """What a training's files say of its settings; empty if they are .bin files."""
+    from safetensors import safe_open
+
+    file = Path(folder, f"{WEIGHTS_NAME}.safetensors")
+    if not file.is_file():
+        return {}
+    with safe_open(file, "pt") as opened:
+        return json.loads((opened.metadata() or {}).get("settings", "{}"))
+
+
+def load_pipeline(name, config=None, record=None):
+    """The base model with a fast sampler, on the GPU if there is one; it predicts what the training's record says."""
+    import diffusers
     import torch
     from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
     from diffusers.utils import logging
     from transformers.utils.logging import disable_progress_bar
 
+    record = record or {}
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     disable_progress_bar()
     not_needed = {"safety_checker": None, "feature_extractor": None}  # and perhaps not there
-    pipeline = DiffusionPipeline.from_pretrained(name, requires_safety_checker=False, **not_needed)
-    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    if config:
+        kind = getattr(diffusers, DiffusionPipeline.load_config(config)["_class_name"])
+        pipeline = kind.from_single_file(str(name), config=str(config), **not_needed)
+    else:
+        pipeline = DiffusionPipeline.from_pretrained(name, requires_safety_checker=False, **not_needed)
+    schedule = {}
+    for key in ("prediction_type", "rescale_betas_zero_snr"):
+        if key in record:
+            schedule[key] = record[key]
+    if schedule.get("rescale_betas_zero_snr"):
+        schedule["timestep_spacing"] = "trailing"
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, **schedule)
+    if record.get("clip_skip") and not hasattr(pipeline.text_encoder, "text_model"):
+        # diffusers' clip_skip looks for what transformers 5.6 has no more; as a module it would be its own part.
+        vars(pipeline.text_encoder)["text_model"] = pipeline.text_encoder
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu", torch.float32)
 
@@ -100,12 +130,12 @@ def load_word(pipeline, file, token):
         pipeline.load_textual_inversion(word[name], token=token, **parts)
 
 
-def generate(pipeline, prompts, seed):
+def generate(pipeline, prompts, seed, clip_skip=None):
     """One picture for each prompt; the noise follows from the seed and the prompt's place in the list."""
     import torch
 
     generators = [torch.Generator().manual_seed(1000 * seed + i) for i in range(len(prompts))]
-    options = {"num_inference_steps": INFERENCE_STEPS, "guidance_scale": GUIDANCE_SCALE}
+    options = {"num_inference_steps": INFERENCE_STEPS, "guidance_scale": GUIDANCE_SCALE, "clip_skip": clip_skip}
     return pipeline(prompts, generator=generators, **options).images
 
 
@@ -166,10 +196,12 @@ def main():
 
     drawn = {}  # pictures of both groups by label
     for label, folder in [("before", None), *zip(args.labels, args.weights_dir, strict=True)]:
-        pipeline = load_pipeline(args.pretrained_model_name_or_path)
+        record = read_record(folder or args.weights_dir[0])
+        pipeline = load_pipeline(args.pretrained_model_name_or_path, args.config_name_or_path, record)
         if folder:
             load_concept(pipeline, folder, tokens)
-        drawn[label] = [generate(pipeline, prompts, args.seed + i) for i, prompts in enumerate(groups)]
+        skip = record.get("clip_skip") or None
+        drawn[label] = [generate(pipeline, prompts, args.seed + i, skip) for i, prompts in enumerate(groups)]
 
     learnt = f"{tokens[0]} {args.class_prompt}"
     titles = [f'Prompts with "{learnt}", on backgrounds that are not among these pictures', "Other prompts"]

@@ -41,6 +41,13 @@ def beside(folder, name):
 # Watching
 
 
+def without_check_of_prediction():
+    """Leaves out what encodes, adds noise and predicts before the first step."""
+    import train_custom_diffusion as trainer
+
+    trainer.check_prediction = lambda *_: None
+
+
 def record_generation(folder, rank):
     """Notes the prompt and the seed of each picture that a pipeline draws from a list of generators."""
     call = StableDiffusionPipeline.__call__
@@ -56,6 +63,7 @@ def record_generation(folder, rank):
 
 def record_steps(folder, rank):
     """Records latents, noise, timesteps and token ids of every step, and the models as they are in the end."""
+    without_check_of_prediction()
     record, models = {"noised": [], "ids": []}, {}
     add_noise, forward = DDPMScheduler.add_noise, CLIPTextModel.forward
 
@@ -136,6 +144,7 @@ def record_batches(folder, rank):
     """Records the pixels that are encoded before the training, every batch of the training, and its latents."""
     import train_custom_diffusion as trainer
 
+    without_check_of_prediction()
     record = {"pixels": [], "batches": [], "latents": [], "encoded_in_training": 0}
     encode, add_noise, loss_of = AutoencoderKL.encode, DDPMScheduler.add_noise, trainer.diffusion_loss
 
@@ -270,6 +279,7 @@ def watch_precision(folder, rank):
     """Notes for each call of the UNet whether it proves the reload, and whether TF32 is allowed."""
     import train_custom_diffusion as trainer
 
+    without_check_of_prediction()
     forward, prove, found, proving = UNet2DConditionModel.forward, trainer.prove_reload, [], []
 
     def watched(self, *args, **kwargs):
@@ -305,6 +315,41 @@ def no_memory_for_final_pictures(folder, rank):
         return validate(args, accelerator, pipeline, step)
 
     trainer.validate = fail
+
+
+def predict_velocity(folder, rank):
+    """Turns what an epsilon model of the usual schedule predicts into the velocity of the same picture."""
+    forward = UNet2DConditionModel.forward
+    noise_share = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod
+
+    def converted(self, noisy, timesteps, *args, **kwargs):
+        output = forward(self, noisy, timesteps, *args, **kwargs)
+        alpha = noise_share[timesteps.long().cpu()].reshape(-1, 1, 1, 1)
+        output.sample = (output.sample - (1 - alpha).sqrt() * noisy) / alpha.sqrt()
+        return output
+
+    UNet2DConditionModel.forward = converted
+
+
+def old_diffusers(folder, rank):
+    """A pair of versions of which the older one can't read what the newer one makes."""
+    import diffusers
+    import transformers
+
+    diffusers.__version__, transformers.__version__ = "0.38.0", "5.6.0"
+
+
+def random_text_encoder(folder, rank):
+    """diffusers reads a text encoder from a file, and leaves a layer of it as it was drawn."""
+    load = StableDiffusionPipeline.from_single_file
+
+    def loaded(*args, **kwargs):
+        pipeline = load(*args, **kwargs)
+        names = [name for name, _ in pipeline.text_encoder.named_parameters() if name.endswith("fc2.weight")]
+        torch.nn.init.normal_(pipeline.text_encoder.get_parameter(names[-1]))
+        return pipeline
+
+    StableDiffusionPipeline.from_single_file = loaded
 
 
 def slow_disk(folder, rank):

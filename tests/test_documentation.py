@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from hub import Hub
 from launching import ROOT, SECRET, run
+from original import write_original
 from PIL import Image
 
 PAGES = {str(file.relative_to(ROOT)): file.read_text("utf-8") for file in sorted((ROOT / "docs").glob("*.md"))}
@@ -43,7 +44,7 @@ SWAPS = {
 }
 # what the bash blocks of all pages and the Python blocks of each leave, relative to the folder in which they run
 RESULTS = ["my-cat", "my-face", "my-xl-cat"]
-NAMES = "small-xl two-concepts resumed two-processes two-machines small apart merged too-early too-strong"
+NAMES = "small-xl two-concepts resumed two-processes two-machines small apart merged too-early too-strong one-file"
 RESULTS += [f"results/{name}" for name in NAMES.split()]
 PICTURES = ("pot.png", "cat_from_a_pot.png", "pot_with_another_top.png", "cat_from_the_hub.png")
 LEFT = {
@@ -91,6 +92,7 @@ def run_bash_blocks(folder, hub, sdxl):
         (folder / name).symlink_to(ROOT / name)
     (folder / "sdxl").symlink_to(sdxl)
     (folder / "results").mkdir()
+    write_original(ROOT / "assets" / "model", folder / "model.safetensors")
     (folder / "results" / "quickstart").symlink_to("resumed")  # of the README; stands in for the quickstart's result
     exported = {"INSTANCE_DIR": "assets/instance/cat", "OUTPUT_DIR": "my-cat", "FIRST_MACHINE": "127.0.0.1"}
     for code in [code for page in PAGES for code in blocks(page, "bash")][2:]:

@@ -615,9 +615,9 @@ MODEL = {
         other_model(model_index__json={"_class_name": "StableDiffusion3Pipeline"}),
         [NAME, "StableDiffusion3Pipeline"],
     ),
-    "single file": (
+    "a part's file": (
         lambda folder, model: {"pretrained_model_name_or_path": model / UNET},
-        [NAME, "single file", "from_single_file"],
+        [NAME, "a part of a model in diffusers format", "give a file with all of"],
     ),
     # broken parts
     "no VAE": (broken(without("vae")), [NAME, "broken", "complete model"]),

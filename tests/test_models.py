@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from families import FAMILIES, make_family
 from launching import ROOT, finish, python, start
 from models import SMALL_VOCABULARY
 from observers import record_losses, record_losses_and_draw_fast
+from original import write_original
 from PIL import Image
 from reading import WEIGHTS, load_trained, same_bits
 from safetensors.torch import load_file, save_file
@@ -152,6 +154,43 @@ def check_in_its_own_pipeline(model, folder, trained, kind):
     assert all(torch.equal(state[key], trained[key]) for key in trained.keys() - {"<new1>"})
     picture = pipeline("a <new1> cat", num_inference_steps=2, height=64, width=64).images[0]
     assert np.asarray(picture).std() > 1
+
+
+# Those that differ from the small models in what a file holds. What it lacks, such as the scheduler, is the folder's.
+IN_ONE_FILE = ("SD 2.1", "BK-SDM small", "BK-SDM tiny")
+
+
+@pytest.mark.parametrize("name", IN_ONE_FILE)
+def test_family_in_one_file(name, family_run, one_concept, tmp_path):
+    """In half precision it trains to the same bits as the folder whose numbers are in half precision."""
+    model, _, _ = family_run(name)
+    half = shutil.copytree(model, tmp_path / "half")
+    for file in half.rglob("*.safetensors"):
+        save_file({key: value.half() for key, value in load_file(file).items()}, file, {"format": "pt"})
+    file = write_original(model, tmp_path / "model.safetensors", torch.float16, beside=True)
+    values = one_concept | {"max_train_steps": 1, "learning_rate": 1e-2}
+    log_of(tmp_path / "of folder", **values | {"pretrained_model_name_or_path": half})
+    log_of(tmp_path / "of file", **values | {"pretrained_model_name_or_path": file, "config_name_or_path": model})
+    assert same_bits(load_trained(tmp_path / "of file"), load_trained(tmp_path / "of folder"))
+
+
+def test_xl_of_velocity_to_zero_terminal_snr(sdxl, one_concept, tmp_path):
+    """As NoobAI has it: a folder whose scheduler says so, and a file whose keys do, with any XL's configurations."""
+    model = shutil.copytree(sdxl, tmp_path / "model")
+    file = model / "scheduler" / "scheduler_config.json"
+    said = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | said))
+    values = one_concept | {"learning_rate": 1e-2, "validation_prompt": "a <new1> cat", "num_validation_images": 1}
+    file = write_original(model, tmp_path / "model.safetensors", beside=True, empty=["v_pred", "ztsnr"])
+    for name, base in {
+        "of folder": {"pretrained_model_name_or_path": model},
+        "of file": {"pretrained_model_name_or_path": file, "config_name_or_path": sdxl},
+    }.items():
+        printed = log_of(tmp_path / name, **values | base, max_train_steps=2)
+        assert "The UNet predicts v_prediction, to zero terminal SNR" in printed
+    assert same_bits(load_trained(tmp_path / "of file"), load_trained(tmp_path / "of folder"))
+    for picture, expected in zip(*(pictures_of(tmp_path / name) for name in ("of file", "of folder")), strict=True):
+        assert (picture == expected).all() and picture.std() > 1
 
 
 # Files and words

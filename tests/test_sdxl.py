@@ -1,6 +1,5 @@
 """Stable Diffusion XL: what the trainer proves for 1.x and 2.x, once more where XL differs."""
 
-import argparse
 import re
 import shutil
 import sys
@@ -402,13 +401,18 @@ def test_result_in_bin_alone(trained, tmp_path):
 # The VAE, memory, and what is refused
 
 
+def args_of(model, *words):
+    """The arguments of a run with this model, as `main` completes them."""
+    needed = [f"--pretrained_model_name_or_path={model}", "--instance_data_dir=d", "--instance_prompt=p"]
+    return trainer.find_base(trainer.parse_args([*needed, *words]))
+
+
 @pytest.mark.parametrize("model, force_upcast, dtype", [
     ("sdxl", True, torch.float32), ("sdxl", False, torch.float16), ("sd1", True, torch.float16),
 ])  # fmt: skip
 def test_vae_of_fp16(model, force_upcast, dtype, request):
     """XL's overflows in fp16 unless its configuration says otherwise."""
-    args = trainer.parse_args(["--pretrained_model_name_or_path=" + str(request.getfixturevalue(model)),
-                               "--instance_data_dir=d", "--instance_prompt=p", "--resolution=64"])  # fmt: skip
+    args = args_of(request.getfixturevalue(model), "--resolution=64")
     pipeline = trainer.load_pipeline(args, trainer.load_tokenizers(args), torch.float16)
     pipeline.vae.register_to_config(force_upcast=force_upcast)
     accelerator = SimpleNamespace(mixed_precision="fp16", device=torch.device("cpu"))
@@ -421,9 +425,8 @@ def test_broken_part_is_not_the_other_tokenizers(sdxl, tmp_path):
     """--tokenizer_name is fine; the model's second text encoder is not."""
     model = shutil.copytree(sdxl, tmp_path / "model")
     (model / "text_encoder_2" / "config.json").write_text("{")
-    options = {"pretrained_model_name_or_path": str(model), "revision": None, "tokenizer_name": str(sdxl / "tokenizer")}
     with pytest.raises(SystemExit, match="error: --pretrained_model_name_or_path .*complete model"):
-        trainer.load_tokenizers(argparse.Namespace(**options))
+        trainer.load_tokenizers(args_of(model, f"--tokenizer_name={sdxl / 'tokenizer'}"))
 
 
 def test_refiner_is_refused(sdxl, tmp_path):
@@ -434,6 +437,4 @@ def test_refiner_is_refused(sdxl, tmp_path):
     index = re.sub(r'("text_encoder": )\[[^]]*\]', r"\1[null, null]", index)
     (folder / "model_index.json").write_text(index)
     with pytest.raises(SystemExit, match="give a Stable Diffusion 1.x, 2.x or XL"):
-        trainer.load_tokenizers(
-            argparse.Namespace(pretrained_model_name_or_path=str(folder), revision=None, tokenizer_name=None)
-        )
+        trainer.load_tokenizers(args_of(folder))
