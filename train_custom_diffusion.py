@@ -155,7 +155,7 @@ def leaving_out(what):
     try:
         yield
     except Exception as error:
-        print(f"warning: {what} left out: {shorten(error)}", file=sys.stderr)
+        tqdm.write(f"warning: {what} left out: {shorten(error)}", file=sys.stderr)  # not into the progress bar
 
 
 def say(line):
@@ -2271,6 +2271,8 @@ class Checkpoints:
 
     def save(self, step):
         """Writes a checkpoint; only then deletes the oldest ones beyond --checkpoints_total_limit."""
+        if not self.accelerator.is_main_process:
+            return
         scaler = self.accelerator.scaler
         # The settings of optimizer and schedule are left out, as those of the command line count when a run is resumed.
         state = {
@@ -2408,9 +2410,19 @@ def reporting(accelerator):
         print(f"warning: trackers left out from here: {shorten(error)}", file=sys.stderr)
 
 
-def print_summary(accelerator, args, result, concepts, trained, max_train_steps, tokenizer, initializer_ids):
+def count_memory(accelerator, args, pipeline, trained):
+    """Bytes on the device from the first step to the last: weights, gradients, the optimizer's state."""
+    networks = [pipeline.unet, pipeline.vae, *(text_encoder for _, text_encoder in text_parts(pipeline))]
+    tensors = [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
+    weights = sum(tensor.nbytes for tensor in tensors if tensor.device.type == accelerator.device.type)
+    # A gradient, AdamW's two means, and what --keep_apart keeps: keys and values as they were, and unfiltered
+    each = 4 + (2 if args.use_8bit_adam else 8) + (8 if args.keep_apart else 0)
+    return weights + each * sum(parameter.numel() for parameter in trained)
+
+
+def print_summary(accelerator, args, result, concepts, pipeline, trained, max_train_steps, initializer_ids):
     """Prints what is trained, from what, on what and how long."""
-    starts = tokenizer.convert_ids_to_tokens(initializer_ids)
+    starts = pipeline.tokenizer.convert_ids_to_tokens(initializer_ids)
     count = sum(parameter.numel() for parameter in trained)
     what = [f"{args.freeze_model}, kept apart," if args.keep_apart else args.freeze_model]
     for word, token in zip(result.words, starts, strict=True):
@@ -2436,6 +2448,12 @@ def print_summary(accelerator, args, result, concepts, trained, max_train_steps,
     machine = f"{accelerator.num_processes} process(es), {accelerator.device.type}"
     samples = result.settings["samples_per_step"]
     lines.append(f"{max_train_steps} steps of {samples} instance pictures on {machine}")
+    needed = f"{count_memory(accelerator, args, pipeline, trained) / 1e6:,.0f} MB"
+    if accelerator.device.type == "cuda":
+        needed += f" of {torch.cuda.get_device_properties(accelerator.device).total_memory / 1e6:,.0f}"
+    lines.append(
+        f"Memory: {needed} for weights, gradients and optimizer; what a step makes of its pictures comes on top"
+    )
     if args.lr_scheduler != "constant" and args.lr_warmup_steps >= max_train_steps:
         lines.append(f"The learning rate warms up for {args.lr_warmup_steps} steps, longer than the run")
     if result.is_xl and args.resolution < 1024:
@@ -2481,7 +2499,7 @@ def draw_sheet(images, label):
 
 def validate(args, accelerator, pipeline, step):
     """Draws --validation_prompt, each time from the same noise, for the output folder and the trackers."""
-    if not args.validation_prompt:
+    if not (args.validation_prompt and accelerator.is_main_process):
         return []
     pipeline.vae.to(accelerator.device)
     settings = {
@@ -2779,14 +2797,13 @@ def train(args):
     check_first_batch(args, accelerator, model, pipeline, noise_scheduler, dataset, trained)
     repository = start_reporting(args, accelerator, step, checkpoints.wandb_id)
     checkpoints.claim_folder()
-    print_summary(accelerator, args, result, concepts, trained, max_train_steps, tokenizers[0], initializer_ids[0])
+    print_summary(accelerator, args, result, concepts, pipeline, trained, max_train_steps, initializer_ids[0])
 
     # Train: one optimizer step per gradient_accumulation_steps micro-batches
-    is_main = accelerator.is_main_process
-    if step == 0 and is_main:
+    if step == 0:
         validate(args, accelerator, pipeline, step)
     stopped, step_loss = False, 0.0
-    progress = tqdm(total=max_train_steps, initial=step, desc="steps", disable=not is_main)
+    progress = tqdm(total=max_train_steps, initial=step, desc="steps", disable=not accelerator.is_main_process)
     batches = dataloader if step < max_train_steps else ()  # accelerate 1.0 cannot iterate over nothing
     with delayed_signals() as signals, progress:
         for batch in batches:
@@ -2808,15 +2825,16 @@ def train(args):
                 accelerator.set_trigger()
             stopped = accelerator.check_trigger()  # all processes stop after the same step
             # No barrier is needed: the other processes wait where the next step averages the gradients.
-            if is_main and (stopped or step % args.checkpointing_steps == 0):
+            if stopped or step % args.checkpointing_steps == 0:
                 checkpoints.save(step)
             if stopped:
                 break
-            if is_main and step % args.validation_steps == 0 and step < max_train_steps:
-                validate(args, accelerator, pipeline, step)
+            if step % args.validation_steps == 0 and step < max_train_steps:
+                with leaving_out(f"validation pictures of step {step}"):
+                    validate(args, accelerator, pipeline, step)
 
     # Save, prove that the files load, draw the final pictures with them
-    if is_main and not stopped:
+    if accelerator.is_main_process and not stopped:
         result.save(pipeline, result.folder, result.endings)
         checkpoints.free()
         finish(args, accelerator, result, pipeline, base_tokenizers, concepts, step, repository)

@@ -352,6 +352,22 @@ def random_text_encoder(folder, rank):
     StableDiffusionPipeline.from_single_file = loaded
 
 
+def no_memory_for_pictures(folder, rank):
+    """Raises the error of a full GPU when the pictures of the first step are drawn, after the first network has run."""
+    import train_custom_diffusion as trainer
+
+    decode = trainer.decode
+    calls = []
+
+    def fail(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GB")
+        return decode(*args)
+
+    trainer.decode = fail
+
+
 def slow_disk(folder, rank):
     """Makes flushing and deleting a file take long enough for a test to kill the process in between."""
     fsync, unlink = os.fsync, os.unlink

@@ -33,6 +33,7 @@ from observers import (
     load_nothing,
     load_nothing_in_the_trial,
     no_memory_for_final_pictures,
+    no_memory_for_pictures,
     no_memory_for_the_proof,
     truncate_weights,
     watch_final_pictures,
@@ -51,6 +52,7 @@ from reading import (
     load_trained,
     load_weights,
     prediction,
+    same_bits,
 )
 from safetensors.torch import load_file
 
@@ -266,6 +268,19 @@ def test_final_pictures_that_fail(one_concept, tmp_path):
     said = finish(start(folder, observer=no_memory_for_final_pictures, **values), folder)
     assert re.search("^warning: .*CUDA out of memory", said, re.MULTILINE) and "Saved to" in said
     assert load_trained(folder) and not (folder / "image_0.png").exists()
+
+
+def test_validation_that_fails(one_concept, tmp_path):
+    """Memory that is missing for the pictures of a step costs these alone; the training is as without them."""
+    values = one_concept | {"max_train_steps": 3}
+    plain = fork(tmp_path / "plain", **values)
+    values |= {"validation_prompt": "a <new1> cat", "validation_steps": 1, "num_validation_images": 1}
+    folder = tmp_path / "run"
+    said = finish(start(folder, observer=no_memory_for_pictures, **values), folder)
+    left_out = re.findall("^warning: .* left out: .*$", said, re.MULTILINE)
+    assert left_out == ["warning: validation pictures of step 1 left out: CUDA out of memory. Tried to allocate 2 GB"]
+    assert {file.name for file in (folder / "validation").iterdir()} == {f"step-{step:06d}.png" for step in (0, 2, 3)}
+    assert same_bits(load_trained(folder), load_trained(plain))
 
 
 def test_proof_that_fails(one_concept, tmp_path):

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -423,6 +424,18 @@ def test_warm_up_that_is_longer_than_the_run(values, is_told, one_concept, tmp_p
     fork(tmp_path / "run", max_train_steps=2, **one_concept | values)
     said = (tmp_path / "run.log").read_text()
     assert ("The learning rate warms up for 500 steps, longer than the run" in said) == is_told
+
+
+@pytest.mark.parametrize("more, numbers", [({}, 3), ({"keep_apart": True}, 5)])
+def test_memory_is_told(more, numbers, one_concept, tmp_path):
+    """The base model, what is trained, and besides of each trained number a gradient, two means, and what is kept."""
+    values = one_concept | {"pretrained_model_name_or_path": EMBEDDED, "max_train_steps": 1} | more
+    folder = fork(tmp_path / "run", **values)
+    pipeline = fresh_pipeline(EMBEDDED)
+    base = sum(p.numel() for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder) for p in part.parameters())
+    trained = sum(value.numel() for value in load_trained(folder).values())
+    told = re.search("Memory: ([0-9,]+) MB for weights", (tmp_path / "run.log").read_text())[1]
+    assert abs(int(told.replace(",", "")) - 4 * (base + trained * (1 + numbers)) / 1e6) < 0.51
 
 
 def check_trained_on_a_gpu(folder):
