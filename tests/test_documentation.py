@@ -33,6 +33,7 @@ SWAPS = {
     "pip install": "pip install --dry-run",  # the tests' environment stays as it is
     'to("cuda", torch.float16)': 'to("cpu", torch.float32)',
     "your-name": "tester",
+    "models/dreamshaper_8.safetensors": "models/dreamshaper_8.safetensors --config_name_or_path=assets/model",
     "./data/cat": "assets/instance/cat",
     "./data/face": "assets/instance/cat",
     "samples_person": "samples_cat",
@@ -43,11 +44,12 @@ SWAPS = {
     "--source dataset --dataset assets/regularization/cat",
 }
 # what the bash blocks of all pages and the Python blocks of each leave, relative to the folder in which they run
-RESULTS = ["my-cat", "my-face", "my-xl-cat"]
+RESULTS = ["my-cat", "my-face", "my-xl-cat", "my-dreamshaper-cat"]
 NAMES = "small-xl two-concepts resumed two-processes two-machines small apart merged too-early too-strong one-file"
 RESULTS += [f"results/{name}" for name in NAMES.split()]
 PICTURES = ("pot.png", "cat_from_a_pot.png", "pot_with_another_top.png", "cat_from_the_hub.png")
 LEFT = {
+    "docs/from-a-ui.md": [f"results/for-my-ui/{n}.safetensors" for n in ("my-cat", "dreamshaper-with-my-cat", "new1")],
     "README.md": ["cat.png", "results/python/<new1>.safetensors"],
     "docs/export.md": [
         *("cat_from_a_lora.png", "results/exported/my-cat-model/model_index.json"),
@@ -92,7 +94,9 @@ def run_bash_blocks(folder, hub, sdxl):
         (folder / name).symlink_to(ROOT / name)
     (folder / "sdxl").symlink_to(sdxl)
     (folder / "results").mkdir()
-    write_original(ROOT / "assets" / "model", folder / "model.safetensors")
+    (folder / "models").mkdir()
+    for name in ("model.safetensors", "models/dreamshaper_8.safetensors"):
+        write_original(ROOT / "assets" / "model", folder / name)
     (folder / "results" / "quickstart").symlink_to("resumed")  # of the README; stands in for the quickstart's result
     exported = {"INSTANCE_DIR": "assets/instance/cat", "OUTPUT_DIR": "my-cat", "FIRST_MACHINE": "127.0.0.1"}
     for code in [code for page in PAGES for code in blocks(page, "bash")][2:]:
