@@ -155,7 +155,8 @@ def leaving_out(what):
     try:
         yield
     except Exception as error:
-        tqdm.write(f"warning: {what} left out: {shorten(error)}", file=sys.stderr)  # not into the progress bar
+        # Not into the progress bar
+        tqdm.write(f"warning: {what} left out: {shorten(error)}", file=sys.stderr)
 
 
 def say(line):
@@ -165,7 +166,7 @@ def say(line):
 
 @contextlib.contextmanager
 def writing(file):
-    """A stream to a file beside, which is flushed and renamed: a file of that name is always complete."""
+    """A stream to a file beside, which is then renamed: a file of that name is always complete."""
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f".{file.name}.unfinished")
     try:
@@ -1116,25 +1117,30 @@ def text_parts(pipeline):
     return parts
 
 
+def networks_of(pipeline):
+    """UNet, VAE and text encoders."""
+    return [pipeline.unet, pipeline.vae, *(text_encoder for _, text_encoder in text_parts(pipeline))]
+
+
 def is_one_file(args):
     """Whether the base model is one file, not a folder or a hub id."""
     return Path(args.pretrained_model_name_or_path).is_file()
 
 
 def read_file(args):
-    """The weights of a model in one file, by the names that they have there; empty for a folder or hub id."""
+    """The weights of a model in one file, by their names there; empty for a folder or hub id."""
     file = args.pretrained_model_name_or_path
     if not is_one_file(args):
         return {}
     remedy = "download it again, or give the .safetensors of the same model"
     with failing_as(f"--pretrained_model_name_or_path {file}", remedy, file):
         if not file.endswith((".safetensors", ".ckpt")):
-            raise ValueError("not by its name a .safetensors or .ckpt file, as diffusers tells them apart")
+            raise ValueError("its name ends in neither .safetensors nor .ckpt, as diffusers wants it")
         return single_file_utils.load_single_file_checkpoint(file)
 
 
 def check_file(args, weights):
-    """Fails unless these are the weights of a whole model; returns the hub id of one of the same kind."""
+    """Fails unless these are a whole model's weights; returns the hub id of one of the same kind."""
     model = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
     whole = "give a file with all of a Stable Diffusion 1.x, 2.x or XL"
     old, new = version.parse(diffusers.__version__), version.parse(transformers.__version__)
@@ -1281,7 +1287,10 @@ def load_vae(args):
 
 
 def load_unet(args, weights, dtype, unet_class):
-    """The UNet of a model in one file, every weight in its type at once; unlike diffusers' own loader it wants all."""
+    """The UNet of a model in one file, every weight in its type at once.
+
+    Unlike diffusers' own loader, it wants all weights.
+    """
     config = unet_class.load_config(args.config_name_or_path, subfolder="unet", revision=args.revision)
     with torch.device("meta"):  # without weights
         unet = unet_class.from_config(config)
@@ -1294,9 +1303,10 @@ def load_unet(args, weights, dtype, unet_class):
 
 
 def read_pipeline(args, weights, pipeline_class, parts):
-    """diffusers' pipeline of a model in one file, in float32; fails unless its text encoders have the file's numbers.
+    """diffusers' pipeline of a model in one file, in float32.
 
-    Some versions leave them random, with no more than a warning.
+    Fails unless its text encoders have the file's numbers: some versions leave them random, with no
+    more than a warning.
     """
     options = {"config": args.config_name_or_path, "revision": args.revision, "torch_dtype": torch.float32}
     try:
@@ -1351,7 +1361,7 @@ def load_pipeline(args, tokenizers, dtype, unet_class=UNet2DConditionModel):
             pipeline = pipeline_class.from_pretrained(name, torch_dtype=torch.float32, **source, **parts)
     if not torch.accelerator.is_available():
         # Numbers that are used where they lie in a file make other last bits in another file.
-        for network in (pipeline.unet, pipeline.vae, *(text_encoder for _, text_encoder in text_parts(pipeline))):
+        for network in networks_of(pipeline):
             for parameter in network.parameters():
                 parameter.data = parameter.data.clone()
     # Keep only the noise schedule. Other settings belong to one sampler, and some samplers need extra packages.
@@ -1774,7 +1784,7 @@ def build_dataset(args, accelerator, pipeline, concepts, base_tokenizers):
 
 
 def denoise(model, vae, noise_scheduler, batch):
-    """The UNet's prediction for a batch of `diffusion_loss`, and what it could mean: {prediction type: target}."""
+    """The UNet's prediction for a batch of `diffusion_loss`, and {prediction type: target}."""
     noise, timesteps = batch["noise"], batch["timesteps"]
     with torch.no_grad():
         # Convert images to latent space
@@ -2411,11 +2421,13 @@ def reporting(accelerator):
 
 
 def count_memory(accelerator, args, pipeline, trained):
-    """Bytes on the device from the first step to the last: weights, gradients, the optimizer's state."""
-    networks = [pipeline.unet, pipeline.vae, *(text_encoder for _, text_encoder in text_parts(pipeline))]
-    tensors = [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
-    weights = sum(tensor.nbytes for tensor in tensors if tensor.device.type == accelerator.device.type)
-    # A gradient, AdamW's two means, and what --keep_apart keeps: keys and values as they were, and unfiltered
+    """Bytes on the device during the training: weights, gradients, the optimizer's state."""
+    weights = 0
+    for network in networks_of(pipeline):
+        for tensor in (*network.parameters(), *network.buffers()):
+            if tensor.device.type == accelerator.device.type:
+                weights += tensor.nbytes
+    # A gradient, AdamW's two means, and for --keep_apart keys and values as they were, and unfiltered
     each = 4 + (2 if args.use_8bit_adam else 8) + (8 if args.keep_apart else 0)
     return weights + each * sum(parameter.numel() for parameter in trained)
 
@@ -2450,10 +2462,9 @@ def print_summary(accelerator, args, result, concepts, pipeline, trained, max_tr
     lines.append(f"{max_train_steps} steps of {samples} instance pictures on {machine}")
     needed = f"{count_memory(accelerator, args, pipeline, trained) / 1e6:,.0f} MB"
     if accelerator.device.type == "cuda":
-        needed += f" of {torch.cuda.get_device_properties(accelerator.device).total_memory / 1e6:,.0f}"
-    lines.append(
-        f"Memory: {needed} for weights, gradients and optimizer; what a step makes of its pictures comes on top"
-    )
+        properties = torch.cuda.get_device_properties(accelerator.device)
+        needed += f" of {properties.total_memory / 1e6:,.0f}"
+    lines.append(f"Memory: {needed} for weights, gradients and optimizer, without a step's pictures")
     if args.lr_scheduler != "constant" and args.lr_warmup_steps >= max_train_steps:
         lines.append(f"The learning rate warms up for {args.lr_warmup_steps} steps, longer than the run")
     if result.is_xl and args.resolution < 1024:
@@ -2607,11 +2618,12 @@ def start_accelerator(args):
     makes_graphs = plugin.backend.value == "CUDAGRAPHS" or plugin.mode in ("reduce-overhead", "max-autotune")
     # Gradients lie in the graph's own memory, where the next step overwrites them.
     if makes_graphs and not args.set_grads_to_none:
-        fail("--dynamo_backend", "with CUDA graphs it needs --set_grads_to_none; give that, or another backend")
+        fail("--dynamo_backend", "CUDA graphs need --set_grads_to_none; give that, or another backend")
     if makes_graphs and args.gradient_accumulation_steps > 1:
-        fail("--gradient_accumulation_steps", "CUDA graphs can't add gradients up; give 1, or another --dynamo_backend")
+        problem = "CUDA graphs can't add gradients up; give 1, or another --dynamo_backend"
+        fail("--gradient_accumulation_steps", problem)
     if makes_graphs and args.gradient_checkpointing:
-        say("With --gradient_checkpointing, CUDA graphs are recorded anew in every step, which takes longer than none")
+        say("With --gradient_checkpointing, CUDA graphs are recorded anew in every step, which is slow")
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     return accelerator
 
@@ -2667,12 +2679,12 @@ def check_prediction(args, accelerator, pipeline, noise_scheduler, dataset):
     if 2 * errors[other] < errors[stated] and errors[other] < 0.8 * sizes[other]:
         said = "--prediction_type" if args.prediction_type else "--pretrained_model_name_or_path"
         factor = errors[stated] / errors[other]
-        problem = f"{stated} by {args.prediction_source}, but its error is {factor:.1f} times that of {other}"
-        fail(said, f"{problem}; give --prediction_type {other}")
+        problem = f"{stated} by {args.prediction_source}, but its error is {factor:.1f} times"
+        fail(said, f"{problem} that of {other}; give --prediction_type {other}")
 
 
 def check_first_batch(args, accelerator, model, pipeline, noise_scheduler, dataset, parameters):
-    """Fails if the UNet predicts something else, or if a compiled model leaves parameters without gradients."""
+    """Fails if the UNet predicts something else, or if a compiled model gives no gradients."""
     check_prediction(args, accelerator, pipeline, noise_scheduler, dataset)
     if accelerator.state.dynamo_plugin.backend.value == "NO":
         return
