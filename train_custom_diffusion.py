@@ -1167,37 +1167,45 @@ def check_file(args, weights):
     return known.replace(DELETED, KEPT)
 
 
-def find_base(args):
-    """`args` with what a model in one file says: of what kind it is, and what its UNet predicts.
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """What follows from flags and file about the base model."""
 
-    --config_name_or_path is where the configurations and tokenizers are, for a folder or hub id the
-    model itself.
-    """
+    config_name: str  # hub id or folder of the configurations and tokenizers
+    schedule: dict  # what is stated about the noise schedule, by diffusers' names
+    prediction_source: str  # where it is known from what the UNet predicts
+
+
+def find_base(args):
+    """`args` with the `Base` that they give as `args.base`."""
     name = args.pretrained_model_name_or_path
-    args = argparse.Namespace(**vars(args), prediction_source="its scheduler")
     weights = read_file(args)
     default = check_file(args, weights) if is_one_file(args) else name
     if args.config_name_or_path and not is_one_file(args):
         fail("--config_name_or_path", f"only for a model in one file, and {name} is none; leave it out")
-    args.config_name_or_path = args.config_name_or_path or default
-    # These names stand for nothing but themselves.
+    schedule = {}
+    source = "its scheduler"
+    # The keys v_pred and ztsnr of a file stand for nothing but themselves.
     if args.prediction_type:
-        args.prediction_source = "--prediction_type"
+        schedule["prediction_type"] = args.prediction_type
+        source = "--prediction_type"
     elif "v_pred" in weights:
-        args.prediction_type = "v_prediction"
-        args.prediction_source = "the file's key v_pred"
-    args.rescale_betas_zero_snr |= "ztsnr" in weights
-    return args
+        schedule["prediction_type"] = "v_prediction"
+        source = "the file's key v_pred"
+    if args.rescale_betas_zero_snr or "ztsnr" in weights:
+        # Drawing has to start from pure noise then.
+        schedule |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return argparse.Namespace(**vars(args), base=Base(args.config_name_or_path or default, schedule, source))
 
 
 def config_subject(args):
     """The flag by which the configurations were given."""
-    return f"--{'config' if is_one_file(args) else 'pretrained_model'}_name_or_path {args.config_name_or_path}"
+    return f"--{'config' if is_one_file(args) else 'pretrained_model'}_name_or_path {args.base.config_name}"
 
 
 def check_base_model(args):
     """Fails unless the base model is a Stable Diffusion 1.x, 2.x or XL; returns its text encoders' configurations."""
-    name = args.config_name_or_path
+    name = args.base.config_name
     model = config_subject(args)
     remedy = "give a hub id within reach, a folder in diffusers format, or one file"
     if is_one_file(args):
@@ -1247,7 +1255,7 @@ def check_base_model(args):
 
 def load_tokenizers(args):
     """Loads the base model's tokenizer, or SDXL's two; --tokenizer_name replaces the first."""
-    name = args.config_name_or_path
+    name = args.base.config_name
     tokenizers = []
     for ending, config in zip(("", "_2"), check_base_model(args), strict=False):
         source, subject = name, config_subject(args)
@@ -1266,15 +1274,6 @@ def load_tokenizers(args):
     return tokenizers
 
 
-def stated_schedule(args):
-    """What flags, or the keys of a file, say about the noise schedule, by diffusers' names."""
-    stated = {"prediction_type": args.prediction_type} if args.prediction_type else {}
-    if args.rescale_betas_zero_snr:
-        # Drawing has to start from pure noise then.
-        stated |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    return stated
-
-
 def load_vae(args):
     """The VAE of --pretrained_vae_model_name_or_path: a hub id, a folder or one file."""
     name = args.pretrained_vae_model_name_or_path
@@ -1282,7 +1281,7 @@ def load_vae(args):
     kind = diffusers.AutoencoderKL
     with failing_as(f"--pretrained_vae_model_name_or_path {name}", "give a VAE's hub id, folder or file", name):
         if Path(name).is_file():
-            return kind.from_single_file(name, config=args.config_name_or_path, subfolder="vae", **options)
+            return kind.from_single_file(name, config=args.base.config_name, subfolder="vae", **options)
         return kind.from_pretrained(name, **options)
 
 
@@ -1291,7 +1290,7 @@ def load_unet(args, weights, dtype, unet_class):
 
     Unlike diffusers' own loader, it wants all weights.
     """
-    config = unet_class.load_config(args.config_name_or_path, subfolder="unet", revision=args.revision)
+    config = unet_class.load_config(args.base.config_name, subfolder="unet", revision=args.revision)
     with torch.device("meta"):  # without weights
         unet = unet_class.from_config(config)
     state = single_file_utils.convert_ldm_unet_checkpoint(dict(weights), config)
@@ -1308,7 +1307,7 @@ def read_pipeline(args, weights, pipeline_class, parts):
     Fails unless its text encoders have the file's numbers: some versions leave them random, with no
     more than a warning.
     """
-    options = {"config": args.config_name_or_path, "revision": args.revision, "torch_dtype": torch.float32}
+    options = {"config": args.base.config_name, "revision": args.revision, "torch_dtype": torch.float32}
     try:
         pipeline = pipeline_class.from_single_file(args.pretrained_model_name_or_path, **options, **parts)
     except NotImplementedError:  # what torch raises about a tensor without numbers
@@ -1332,7 +1331,7 @@ def load_pipeline(args, tokenizers, dtype, unet_class=UNet2DConditionModel):
     The UNet, by far the largest part, is loaded in `dtype`, so that no second copy of it is ever in
     memory. Text encoders and VAE are in float32.
     """
-    name, config_name = args.pretrained_model_name_or_path, args.config_name_or_path
+    name, config_name = args.pretrained_model_name_or_path, args.base.config_name
     subject = f"--pretrained_model_name_or_path {name}"
     # What is not needed is not asked for.
     parts = {"scheduler": None, "feature_extractor": None, "image_encoder": None, "tokenizer": tokenizers[0]}
@@ -1365,7 +1364,7 @@ def load_pipeline(args, tokenizers, dtype, unet_class=UNet2DConditionModel):
             for parameter in network.parameters():
                 parameter.data = parameter.data.clone()
     # Keep only the noise schedule. Other settings belong to one sampler, and some samplers need extra packages.
-    settings = {key: value for key, value in config.items() if key in SCHEDULER_SETTINGS} | stated_schedule(args)
+    settings = {key: value for key, value in config.items() if key in SCHEDULER_SETTINGS} | args.base.schedule
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(settings)
     channels, latent_channels = pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels
     if channels != latent_channels:  # for inpainting, for example
@@ -1909,9 +1908,10 @@ class Result:
         ending = "safetensors" if (folder / f"{WEIGHTS_NAME}.safetensors").exists() else "bin"
         pipeline.unet.load_state_dict(self.read(folder / f"{WEIGHTS_NAME}.{ending}"), strict=False)
         for i, word in enumerate(self.words):
-            rows = self.read(folder / f"{word}.{ending}").values()
-            for (_, text_encoder), row in zip(text_parts(pipeline), rows, strict=True):
-                text_encoder.get_input_embeddings().rows.data[i] = row
+            table = self.read(folder / f"{word}.{ending}")
+            names = XL_NAMES if self.is_xl else (word,)
+            for (_, text_encoder), name in zip(text_parts(pipeline), names, strict=True):
+                text_encoder.get_input_embeddings().rows.data[i] = table[name]
 
     def load_as_a_user(self, pipeline):
         """Loads the files into the base model by diffusers' own loaders, as the printed lines do."""
@@ -1937,7 +1937,7 @@ class Result:
         if is_one_file(args):
             loader = "StableDiffusionXLPipeline" if self.is_xl else "StableDiffusionPipeline"
             loader += ".from_single_file"
-            base += f", config={args.config_name_or_path!r}"
+            base += f", config={args.base.config_name!r}"
             settings = ["revision"]
         for name in settings:
             if getattr(args, name):
@@ -1949,10 +1949,10 @@ class Result:
         if args.pretrained_vae_model_name_or_path:
             vae = args.pretrained_vae_model_name_or_path
             imports[1] += ", AutoencoderKL"
-            how = f"single_file({vae!r}, config={args.config_name_or_path!r}, subfolder='vae')"
+            how = f"single_file({vae!r}, config={args.base.config_name!r}, subfolder='vae')"
             before = [f"vae = AutoencoderKL.from_{how if Path(vae).is_file() else f'pretrained({vae!r})'}"]
             base += ", vae=vae"
-        if schedule := stated_schedule(args):
+        if schedule := args.base.schedule:
             imports[1] += ", DDIMScheduler"
             after = [f"pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **{schedule})"]
         if args.clip_skip:
@@ -2020,7 +2020,7 @@ def describe_result(args, concepts, pipeline, samples_per_step):
     }
     for name in ("prediction_type", "rescale_betas_zero_snr"):
         settings[name] = pipeline.scheduler.config[name]
-    index = DiffusionPipeline.load_config(args.config_name_or_path, revision=args.revision)
+    index = DiffusionPipeline.load_config(args.base.config_name, revision=args.revision)
     not_needed = ("safety_checker", "feature_extractor")
     return Result(
         folder=Path(args.output_dir),
@@ -2132,10 +2132,7 @@ def prove_reload(result, accelerator, pipeline, base_tokenizers, concepts):
 def merge_command(result, args):
     """The command that keeps the concept apart from the rest of the model (docs/merging.md)."""
     command = ["python", "scripts/merge.py", str(result.folder)]
-    names = ["pretrained_model_name_or_path", "revision", "variant", "tokenizer_name"]
-    if is_one_file(args):
-        names.append("config_name_or_path")
-    for name in names:
+    for name in ("pretrained_model_name_or_path", "config_name_or_path", "revision", "variant", "tokenizer_name"):
         if getattr(args, name):
             command += [f"--{name}", getattr(args, name)]
     return shlex.join([*command, "--output_dir", f"{result.folder}-apart"])
@@ -2393,6 +2390,7 @@ def start_reporting(args, accelerator, step, wandb_id):
     if accelerator.is_main_process:
         os.makedirs(args.output_dir, exist_ok=True)
     config = vars(args) | {
+        "base": None,
         "hub_token": None,
         "mixed_precision": accelerator.mixed_precision,
         "num_processes": accelerator.num_processes,
@@ -2456,7 +2454,7 @@ def print_summary(accelerator, args, result, concepts, pipeline, trained, max_tr
         lines.append(f"{concept.instance_prompt!r}: {pictures}, {class_pictures}")
     predicted = result.settings["prediction_type"]
     schedule = ", to zero terminal SNR" if result.settings["rescale_betas_zero_snr"] else ""
-    lines.append(f"The UNet predicts {predicted}{schedule}, as {args.prediction_source} says")
+    lines.append(f"The UNet predicts {predicted}{schedule}, as {args.base.prediction_source} says")
     machine = f"{accelerator.num_processes} process(es), {accelerator.device.type}"
     samples = result.settings["samples_per_step"]
     lines.append(f"{max_train_steps} steps of {samples} instance pictures on {machine}")
@@ -2679,7 +2677,7 @@ def check_prediction(args, accelerator, pipeline, noise_scheduler, dataset):
     if 2 * errors[other] < errors[stated] and errors[other] < 0.8 * sizes[other]:
         said = "--prediction_type" if args.prediction_type else "--pretrained_model_name_or_path"
         factor = errors[stated] / errors[other]
-        problem = f"{stated} by {args.prediction_source}, but its error is {factor:.1f} times"
+        problem = f"{stated} by {args.base.prediction_source}, but its error is {factor:.1f} times"
         fail(said, f"{problem} that of {other}; give --prediction_type {other}")
 
 

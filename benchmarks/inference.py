@@ -33,9 +33,9 @@ def pipelines(model, device, dtype):
             parameter.data.mul_(1.1)
     with tempfile.TemporaryDirectory() as folder:
         result = trainer.Result(Path(folder), words=[], is_xl=False, settings={})
-        result.save(trained)
+        result.save(trained, result.folder, result.endings)
         result.load_as_a_user(found["loaded"])
-        for name, value in result.read(trainer.WEIGHTS_NAME).items():
+        for name, value in result.read(result.folder / result.file()).items():
             own = name.replace(".processor", "").replace("_custom_diffusion", "")
             found["merged"].unet.get_parameter(own).data.copy_(value)
     return {name: pipeline.to(device, dtype) for name, pipeline in found.items()}

@@ -277,6 +277,7 @@ class Worker:
 
         DDPMScheduler.add_noise = obedient
         if self.setup.script == TRAINER:
+            self.script.check_prediction = lambda *_: None  # It adds noise before the first step.
             init, build_dataset = self.script.Checkpoints.__init__, self.script.build_dataset
 
             def initialized(checkpoints, *args):
@@ -368,7 +369,7 @@ class Worker:
         result = self.checkpoints.result
         args, accelerator, pipeline, concepts, base_tokenizers = self.run
         args.validation_prompt = "photo"
-        result.save(pipeline)
+        result.save(pipeline, result.folder, result.endings)
         self.checkpoints.free()
         self.memory()
         self.script.prove_reload(result, accelerator, pipeline, base_tokenizers, concepts)

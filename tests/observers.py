@@ -121,10 +121,10 @@ def record_tables(folder, rank):
 
     save = trainer.Result.save
 
-    def recorded(result, pipeline, place=None):
+    def recorded(result, pipeline, *where):
         tables = [encoder.get_input_embeddings().table.weight for _, encoder in trainer.text_parts(pipeline)]
         torch.save(tables, beside(folder, "tables"))
-        return save(result, pipeline, place)
+        return save(result, pipeline, *where)
 
     trainer.Result.save = recorded
 
@@ -406,6 +406,7 @@ def die_while_a_picture_is_written(folder, rank):
 
 def run_out_of_memory(folder, rank):
     """Raises the error of a full GPU in the second step of the second process."""
+    without_check_of_prediction()
     add_noise, steps = DDPMScheduler.add_noise, []
 
     def fail(*args):
@@ -419,6 +420,7 @@ def run_out_of_memory(folder, rank):
 
 def too_large_for_the_machine(folder, rank):
     """The second step asks for more memory than any computer has."""
+    without_check_of_prediction()
     add_noise, steps = DDPMScheduler.add_noise, []
 
     def ask(*args):
@@ -524,6 +526,7 @@ def no_memory_for_the_proof(folder, rank):
 
 def take_long_in_a_step(folder, rank):
     """Makes the third step take 12 seconds."""
+    without_check_of_prediction()
     add_noise, steps = DDPMScheduler.add_noise, []
 
     def slow(*args):
@@ -550,6 +553,7 @@ def kill_a_worker(folder, rank):
 
 def hang_in_a_step(folder, rank):
     """Makes the first step take a minute."""
+    without_check_of_prediction()
     DDPMScheduler.add_noise = lambda *args: time.sleep(60)
 
 

@@ -113,7 +113,7 @@ def check_loading(model, folder, word, prompt, suffixes=("safetensors", "bin")):
 
 
 def check_weight_files(model, folder, words, projections):
-    """Names, shapes and types of section "What a run leaves", for both formats."""
+    """Names, shapes and types of what a run leaves, in both formats."""
     unet = fresh_pipeline(model).unet
     keys, empty = {}, set()
     for name in unet.attn_processors:

@@ -45,8 +45,10 @@ def rename_words(folder, words):
 
 
 def only_bin(folder):
-    """Removes a result's .safetensors; returns the folder."""
+    """Leaves .bin alone of a result, or of a checkpoint, which has none before; returns the folder."""
     for file in folder.glob("*.safetensors"):
+        if not file.with_suffix(".bin").exists():
+            torch.save(load_file(file), file.with_suffix(".bin"))
         file.unlink()
     return folder
 

@@ -69,8 +69,13 @@ def test_weights_load_with_diffusers(trained, sd1):
 
 
 def test_every_checkpoint_loads_like_the_result(trained, sd1):
-    check_loading(sd1, trained / "checkpoint-4", "<new1>", "photo of a <new1> cat")
-    check_weight_files(sd1, trained / "checkpoint-4", ["<new1>"], KV)
+    """In the format that it has, with the same names and shapes."""
+    checkpoint = trained / "checkpoint-4"
+    assert not list(checkpoint.glob("*.bin"))
+    check_loading(sd1, checkpoint, "<new1>", "photo of a <new1> cat", suffixes=["safetensors"])
+    for name in (f"{WEIGHTS}.safetensors", "<new1>.safetensors"):
+        found, expected = load_file(checkpoint / name), load_file(trained / name)
+        assert {key: value.shape for key, value in found.items()} == {key: v.shape for key, v in expected.items()}
 
 
 def test_parts_that_are_not_needed(sd1, one_concept, tmp_path):
