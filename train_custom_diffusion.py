@@ -420,9 +420,12 @@ def keep_output_harmless():
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):  # a notebook has others
-            buffer = io.BufferedWriter(Output(stream.fileno(), "w", closefd=False))
+            output = Output(stream.fileno(), "w", closefd=False)
             options = {"encoding": stream.encoding, "errors": "backslashreplace"}
-            setattr(sys, name, io.TextIOWrapper(buffer, line_buffering=stream.line_buffering, **options))
+            options |= {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
+            # With PYTHONUNBUFFERED or -u, what is printed is there at once.
+            buffer = output if stream.write_through else io.BufferedWriter(output)
+            setattr(sys, name, io.TextIOWrapper(buffer, **options))
 
 
 if __name__ == "__main__":

@@ -82,3 +82,12 @@ def test_interrupted_outside_of_the_training(one_concept, tmp_path):
     assert process.returncode == 130 and "Traceback" not in said
     assert said.splitlines()[-1].startswith("Stopped by Ctrl-C; ")
     assert not list(classes.glob(".*"))
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_unbuffered_output(unbuffered, tmp_path):
+    """With PYTHONUNBUFFERED, as containers set it, what is printed is there at once, even if the process is killed."""
+    code = "import os, train_custom_diffusion as t; t.keep_output_harmless(); print('here'); os._exit(0)"
+    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parent), "PYTHONUNBUFFERED": unbuffered}
+    process = run(sys.executable, "-c", code, env=environment)
+    assert process.stdout == ("here\n" if unbuffered else "")
