@@ -62,7 +62,7 @@ def test_disk_of_the_trackers_fills(words, tmp_path):
     commands = f'mount -t tmpfs -o size=32k tmpfs {folder}/logs && exec "$@"'
     process = run(
         "unshare", "-Urm", "bash", "-c", commands, "bash",
-        sys.executable, SCRIPT, *words(folder, max_train_steps=300, resolution=32),
+        sys.executable, SCRIPT, *words(folder, max_train_steps=600, resolution=32),
     )  # fmt: skip
     assert process.returncode == 0, process.stderr[-3000:]
     assert len(re.findall("^warning: trackers left out from here: ", process.stderr, re.MULTILINE)) == 1
