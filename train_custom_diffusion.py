@@ -1505,7 +1505,7 @@ def build_models(args, accelerator, pipeline, word_ids, initializer_ids):
     dtype = training_dtype(accelerator)
     use_xformers = args.enable_xformers_memory_efficient_attention
     # Freeze everything
-    for network in (*text_encoders, unet, vae):
+    for network in networks_of(pipeline):
         network.requires_grad_(False)
     if use_xformers:
         with failing_as("--enable_xformers_memory_efficient_attention", "leave it out"):
@@ -1786,7 +1786,7 @@ def build_dataset(args, accelerator, pipeline, concepts, base_tokenizers):
 
 
 def denoise(model, vae, noise_scheduler, batch):
-    """The UNet's prediction for a batch of `diffusion_loss`, and {prediction type: target}."""
+    """The UNet's prediction for a batch of `diffusion_loss`, and the latents before the noise."""
     noise, timesteps = batch["noise"], batch["timesteps"]
     with torch.no_grad():
         # Convert images to latent space
@@ -1794,12 +1794,11 @@ def denoise(model, vae, noise_scheduler, batch):
         latents = (mean + std * batch["posterior_noise"]) * vae.config.scaling_factor
         # Add noise to the latents, as much as the timesteps say
         noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
-        velocity = noise_scheduler.get_velocity(latents, noise, timesteps)
 
     # Get the text embeddings and predict; instances and classes go through the networks in one pass
     conditions = [batch[name] for name in ("input_ids", "input_ids_2", "time_ids") if name in batch]
     prediction = model(noisy_latents, timesteps, *conditions).float()
-    return prediction, {"epsilon": noise, "v_prediction": velocity}
+    return prediction, latents
 
 
 def diffusion_loss(model, vae, noise_scheduler, batch, prior_loss_weight):
@@ -1810,9 +1809,13 @@ def diffusion_loss(model, vae, noise_scheduler, batch, prior_loss_weight):
     w); timesteps (2B,); input_ids (2B, tokens), for SDXL also input_ids_2 and time_ids (2B, 6);
     mask (B, 1, h, w).
     """
-    mask = batch["mask"]
-    prediction, targets = denoise(model, vae, noise_scheduler, batch)
-    target = targets[noise_scheduler.config.prediction_type]
+    noise, timesteps, mask = batch["noise"], batch["timesteps"], batch["mask"]
+    prediction, latents = denoise(model, vae, noise_scheduler, batch)
+    # Get the target, which depends on the prediction type
+    if noise_scheduler.config.prediction_type == "v_prediction":
+        target = noise_scheduler.get_velocity(latents, noise, timesteps)
+    else:
+        target = noise
     error = nn.functional.mse_loss(prediction, target, reduction="none")
     instance_error, class_error = error[: len(mask)], error[len(mask) :]
 
@@ -2671,8 +2674,9 @@ def check_prediction(args, accelerator, pipeline, noise_scheduler, dataset):
     for batch in first_batches(accelerator, dataset, args.train_batch_size, samples=4):
         batch["timesteps"].fill_(int(PREDICTION_TIME * noise_scheduler.config.num_train_timesteps))
         with accelerator.autocast():
-            prediction, targets = denoise(model, pipeline.vae, noise_scheduler, batch)
-        for kind, target in targets.items():
+            prediction, latents = denoise(model, pipeline.vae, noise_scheduler, batch)
+        velocity = noise_scheduler.get_velocity(latents, batch["noise"], batch["timesteps"])
+        for kind, target in {"epsilon": batch["noise"], "v_prediction": velocity}.items():
             errors[kind] += (prediction - target).square().mean().item()
             sizes[kind] += target.square().mean().item()
     stated = noise_scheduler.config.prediction_type
