@@ -432,6 +432,9 @@ if __name__ == "__main__":
     keep_output_harmless()
     # --help and wrong arguments are answered here, before the imports below, which take seconds.
     arguments = parse_args()
+else:
+    # Otherwise the imports touch the GPU, and a process that notebook_launcher forks can't use it any more.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 with slow_imports():
     import accelerate

@@ -113,7 +113,11 @@ def refusals_of(calls, cwd="."):
 
 
 def forkserver():
-    """The context of processes that are forked from one that has imported the trainer."""
+    """The context of processes that are forked from one that has imported the trainer.
+
+    It sees no GPU, as its imports touch one, which a forked process then can't use; `train` starts others.
+    """
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "", "a forked process can't use a GPU; start it with train or run"
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["preloaded"])

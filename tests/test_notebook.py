@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from launching import FAST, ROOT, SCRIPT, flags, run, wait_until
+from launching import FAST, ROOT, SCRIPT, flags, python, run, wait_until
 from models import EMBEDDED
 from PIL import Image
 from reading import load_weights
@@ -289,3 +289,56 @@ def test_runs_of_one_kernel(kernel, one_concept, tmp_path):
     words = flags(**values | {"output_dir": tmp_path / "magic", "max_train_steps": 1})
     printed, error = kernel.answer(f"%run {SCRIPT} {shlex.join(words)}")  # its standard output is no file
     assert error is None and "Saved to" in printed
+
+
+# Several processes
+
+
+def test_launcher_of_several_processes(one_concept, tmp_path):
+    """The README's call, from a process that has imported the trainer as a notebook does."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (call,) = re.findall(r"`accelerate\.(notebook_launcher\(main, .*, num_processes=2)\)`", readme)
+    words = flags(**FAST | one_concept | {"output_dir": tmp_path / "run", "max_train_steps": 2})
+    code = f"""
+import socket
+from accelerate import notebook_launcher
+from train_custom_diffusion import main, parse_args
+
+with socket.create_server(("127.0.0.1", 0)) as server:
+    port = server.getsockname()[1]
+flags = {words!r}
+{call}, use_port=str(port))
+"""
+    assert "2 steps of 2 instance pictures on 2 process(es)" in python(code).stdout
+    assert load_weights(tmp_path / "run")
+
+
+def test_import_does_not_touch_a_gpu():
+    """Torch's questions whether there is one, which diffusers' imports ask, do, unless this variable is set."""
+    python("""
+import os
+import torch
+
+def is_available():
+    if os.environ.get("PYTORCH_NVML_BASED_CUDA_CHECK") != "1":
+        raise SystemExit("the GPU was asked")
+    return False
+
+torch.cuda.is_available = torch.accelerator.is_available = is_available
+import train_custom_diffusion
+""")
+
+
+@pytest.mark.gpu
+def test_forked_processes_use_the_gpu():
+    """After the imports of the README's call."""
+    python("""
+import os
+from accelerate import notebook_launcher
+from train_custom_diffusion import torch
+
+if not os.fork():
+    assert torch.ones(1, device="cuda").sum() == 1
+    os._exit(0)
+raise SystemExit(os.waitstatus_to_exitcode(os.wait()[1]))
+""")

@@ -9,7 +9,7 @@ import re
 
 import pytest
 import torch
-from launching import FAST, LAUNCHERS, SCRIPT, finish, flags, fork, run, start
+from launching import FAST, LAUNCHERS, SCRIPT, finish, flags, fork, run, start, train
 from observers import compile_wrongly, record_batches, watch_steps
 from PIL import Image
 from reading import distance, fresh_pipeline, load_trained, movement, same_bits
@@ -100,7 +100,7 @@ def test_compiled(backend, one_concept, tmp_path):
     assert process.returncode == 0, process.stderr[-3000:]
     # one graph: its shapes are static, and nothing in it needs Python, so a GPU can capture it
     assert process.stderr.count("===== __compiled_fn_") == 1 and "Recompiling" not in process.stderr
-    compiled, plain = load_trained(tmp_path / "compiled"), load_trained(fork(tmp_path / "plain", **values))
+    compiled, plain = load_trained(tmp_path / "compiled"), load_trained(train(tmp_path / "plain", **values))
     assert distance(compiled, plain) < 0.01 * movement(one_concept["pretrained_model_name_or_path"], plain)
 
 
