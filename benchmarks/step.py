@@ -221,14 +221,14 @@ class Worker:
 
     It takes (command, number of steps) from the pipe and answers when the steps are done: "time" with the seconds a
     step, from that place in one to that in the next; "parts" with the seconds of each part a step; "flops" with the
-    FLOPs of a step. "limit", "memory", "checkpoint" and "pictures" are answered at once; "end" ends it.
+    FLOPs of a step. "limit", "memory", "checkpoint", "pictures" and "proof" are answered at once; "end" ends it.
     """
 
     def __init__(self, pipe, script, setup):
         import torch
 
         self.pipe, self.script, self.setup, self.torch = pipe, script, setup, torch
-        self.command, self.left, self.start = None, 0, 0.0
+        self.command, self.left, self.start, self.load_memory = None, 0, 0.0, None
         self.parts, self.is_cuda = {}, torch.cuda.is_available()
 
     def synchronize(self):
@@ -318,11 +318,13 @@ class Worker:
 
     def obey(self):
         """Answers until steps are asked for."""
+        if self.load_memory is None:  # before the first step
+            self.load_memory = self.memory()
         while True:
             self.command, self.steps = self.pipe.recv()
             if self.command == "end":
                 raise SystemExit
-            if self.command in ("limit", "memory", "checkpoint", "pictures"):
+            if self.command in ("limit", "loading", "memory", "checkpoint", "pictures", "proof"):
                 self.pipe.send(getattr(self, self.command)())
                 continue
             self.left, self.parts = self.steps, {}
@@ -364,17 +366,30 @@ class Worker:
         folder = self.checkpoints.result.folder / "checkpoint-0"
         return sum(file.stat().st_size for file in folder.iterdir())
 
+    def loading(self):
+        """Peak in bytes until the first step began."""
+        return self.load_memory
+
     def pictures(self):
-        """Peak in bytes while the trainer ends a run: proves that the result loads, and draws. No step can follow."""
+        """Peak in bytes while the trainer draws validation pictures between two steps."""
+        args, accelerator, pipeline, *_ = self.run
+        args.validation_prompt = "photo"
+        self.memory()
+        self.script.validate(args, accelerator, pipeline, 1)
+        return self.memory()
+
+    def proof(self):
+        """Seconds and peak in bytes of the run's end: it is saved, proved to load, and draws. No step can follow."""
         result = self.checkpoints.result
         args, accelerator, pipeline, concepts, base_tokenizers = self.run
         args.validation_prompt = "photo"
+        self.memory()
+        start = time.perf_counter()
         result.save(pipeline, result.folder, result.endings)
         self.checkpoints.free()
-        self.memory()
         self.script.prove_reload(result, accelerator, pipeline, base_tokenizers, concepts)
         self.script.validate(args, accelerator, pipeline, 1)
-        return self.memory()
+        return time.perf_counter() - start, self.memory()
 
 
 def work(pipe, setup, words, rank, port, log):
@@ -435,11 +450,16 @@ class Row:
             child.join()
 
 
+def last_line(error):
+    """The last line of what an exception says, or its name, in at most 200 letters."""
+    return (str(error) or type(error).__name__).strip().splitlines()[-1][:200]
+
+
 def measure(setups, size, rounds, steps, more=()):
     """Runs the rows interleaved; returns a list of dicts with what was measured (seconds, bytes, FLOPs).
 
     `more` has commands of `Worker` that are given to each row in the end, and in the dicts their answers. A row that
-    fails to start is left out, if there is another; an answer that fails is None.
+    fails to start is left out, if there is another; an answer that fails is None, and "failure" has the last line.
     """
     scratch, rows, failures = Path(tempfile.mkdtemp()), [], []
     try:
@@ -468,11 +488,12 @@ def measure(setups, size, rounds, steps, more=()):
             row.limits = [row.ask("limit") for _ in range(3)]
         for row in rows:
             row.parts = row.ask("parts", 3 * steps)
-            row.answers = dict.fromkeys(more)
+            row.answers = dict.fromkeys((*more, "failure"))
             try:
                 for command in more:
                     row.answers[command] = row.ask(command)
             except SystemExit as failure:  # the row has ended, but what it has measured counts
+                row.answers["failure"] = last_line(failure)
                 print(f"  {failure}", file=sys.stderr, flush=True)
         keys = ("start", "start_memory", "times", "memory", "limits", "parts")
         return [asdict(row.setup) | {key: getattr(row, key) for key in keys} | row.answers for row in rows]

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+from importlib import metadata
 
 import conftest
 import pytest
@@ -169,20 +170,42 @@ def test_benchmark_without_torchvision(clone):
 def test_benchmark_for_a_gpu(clone):
     """Its table, here of tiny models on a CPU, which it says; a row that fails says why, and the next one runs."""
     process = fork_script(clone / "benchmarks" / "gpu.py", "--size=tiny", "--only=XL|fp16")
-    first, _, head, _, xl, fp16 = process.stdout.splitlines()
-    assert first.endswith("there is no GPU here")
+    first, versions, _, head, _, xl, fp16 = process.stdout.splitlines()
+    assert first.endswith("there is no GPU here  ")
+    assert all(f"{name} {metadata.version(name)}" in versions for name in ("torch", "diffusers", "transformers"))
     columns = head.count("|")
-    assert re.fullmatch(r"\| XL, cached bf16, checkpointing \| 1 \+ 1 (\| [\d.]+[^|]* ){6}\|", xl)
-    assert fp16.startswith("| cached fp16 | 2 + 2 | failed: error: --mixed_precision fp16")
+    assert re.fullmatch(r"\| XL, cached bf16, checkpointing \| 1 \+ 1 (\| [\d.]+[^|]* ){7}\|  \|", xl)
+    assert re.fullmatch(r"\| cached fp16 \| 2 \+ 2 (\|  ){7}\| error: --mixed_precision fp16[^|]*\|", fp16)
     assert xl.count("|") == fp16.count("|") == columns
     rows = json.loads((clone / "results" / "step" / "gpu.json").read_text())["rows"]
-    assert len(rows) == 1 and rows[0]["pictures"] > 0 and rows[0]["flops"] > 0
+    assert len(rows) == 1 and rows[0]["pictures"] > 0 and rows[0]["flops"] > 0 and rows[0]["proof"][0] > 0
+
+
+CARD = """if True:
+    import sys, types
+    sys.path.insert(0, {folder!r})
+    import gpu, step, torch
+    torch.cuda.get_device_properties = lambda device: types.SimpleNamespace(total_memory=8 * 2**30)
+    torch.cuda.is_available = lambda: True
+    step.describe_device = lambda: "A card"
+    step.measure = lambda *_: (_ for _ in ()).throw(SystemExit("a\\nerror: out of memory"))
+    sys.argv = ["gpu.py"]
+    gpu.main()"""
+
+
+def test_benchmark_for_a_small_gpu(clone, tmp_path):
+    """On a card of 8 GB it leaves XL out and says so; a row without memory has its line, and the next one runs."""
+    rows = printed_by(CARD.format(folder=str(clone / "benchmarks")), tmp_path)
+    assert rows[0].startswith("sd14, A card, 8.6 GB")
+    said = {row.split(" | ")[0].removeprefix("| "): row.split(" | ")[-1].removesuffix(" |") for row in rows[5:]}
+    assert said.pop("XL, cached bf16, checkpointing") == "left out: needs 15 GB"
+    assert len(said) == 7 and set(said.values()) == {"error: out of memory"}
 
 
 def test_benchmark_for_a_gpu_ends_in_time(clone):
     process = fork_script(clone / "benchmarks" / "gpu.py", "--size=tiny", "--minutes=0")
-    rows = process.stdout.splitlines()[4:]
-    assert len(rows) == 10 and all("| failed: no time left |" in row for row in rows)
+    rows = process.stdout.splitlines()[5:]
+    assert len(rows) == 10 and all(row.endswith("| no time left |") for row in rows)
 
 
 def test_memory_of_the_real_size():
