@@ -2481,7 +2481,8 @@ def print_summary(accelerator, args, result, concepts, pipeline, trained, max_tr
 
 def report_step(accelerator, progress, step, step_loss, learning_rate):
     """Shows a step in progress bar and trackers; fails in all processes if the loss is not finite."""
-    # The host waits for the device here, and in the loop where all processes agree on stopping.
+    # The host waits for the device twice a step, after it: here for the loss, and in the loop in `check_trigger`.
+    # Reading the loss a step late would hide the first wait; nobody has measured on a GPU what that saves.
     loss = accelerator.reduce(step_loss, "mean").item()
     if not math.isfinite(loss):
         remedy = "lower --learning_rate, give --mixed_precision no or bf16, or take another base model"
@@ -2519,7 +2520,6 @@ def validate(args, accelerator, pipeline, step):
     """Draws --validation_prompt, each time from the same noise, for the output folder and the trackers."""
     if not (args.validation_prompt and accelerator.is_main_process):
         return []
-    pipeline.vae.to(accelerator.device)
     settings = {
         "num_inference_steps": 25,
         "generator": torch.Generator(accelerator.device).manual_seed(args.seed),
@@ -2529,13 +2529,17 @@ def validate(args, accelerator, pipeline, step):
         "output_type": "latent",  # the VAE stays in its own precision
     }
     images = []
-    while missing := args.num_validation_images - len(images):
-        count = min(args.sample_batch_size, missing)
-        with accelerator.autocast():
-            latents = pipeline(args.validation_prompt, num_images_per_prompt=count, **settings).images
-        images += decode(pipeline, latents)
-    if args.cache_latents:
-        pipeline.vae.to("cpu")
+    try:
+        pipeline.vae.to(accelerator.device)
+        while missing := args.num_validation_images - len(images):
+            count = min(args.sample_batch_size, missing)
+            with accelerator.autocast():
+                latents = pipeline(args.validation_prompt, num_images_per_prompt=count, **settings).images
+            images += decode(pipeline, latents)
+    finally:
+        # Also where memory was short, as the next step may need what the VAE takes.
+        if args.cache_latents:
+            pipeline.vae.to("cpu")
     sheet = draw_sheet(images, f"step {step}" if step else "before")
     with writing(Path(args.output_dir, sheet_name(step))) as stream:
         sheet.save(stream, format="PNG")
@@ -2545,6 +2549,12 @@ def validate(args, accelerator, pipeline, step):
                 options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({"validation": np.stack(images)}, step, **options)
     return images
+
+
+def validate_between_steps(args, accelerator, pipeline, step):
+    """`validate`, of which a failure costs these pictures and not the training."""
+    with leaving_out(f"validation pictures of step {step}"):
+        validate(args, accelerator, pipeline, step)
 
 
 def draw_final_pictures(args, accelerator, pipeline, step):
@@ -2572,7 +2582,7 @@ def draw_final_pictures(args, accelerator, pipeline, step):
 def start_accelerator(args):
     """Quiets the libraries and returns the accelerator, with device, precision and trackers chosen.
 
-    Changes the process: verbosity and warnings of the libraries, accelerate's state, TF32.
+    Changes the process: verbosity and warnings of the libraries, accelerate's state, TF32, torch's defaults.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the data loader forks
     transformers.utils.logging.set_verbosity_error()
@@ -2586,8 +2596,11 @@ def start_accelerator(args):
     for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("true", "1", "yes", "on"):
             fail(f"ACCELERATE_USE_{name}", "a process cannot save the weights then; run `accelerate config default`")
-    # In a notebook the previous run's precision would stay in force.
+    # In a notebook the previous run's precision would stay in force, and what other cells have set.
     accelerate.state.AcceleratorState._reset_state()
+    torch.set_default_device(None)
+    torch.set_default_dtype(torch.float32)
+    torch.set_grad_enabled(True)
     # Variables of a launcher that was not used, as containers with MPI have them, would start half a group.
     launch = ", ".join(f"{name}={os.environ[name]}" for name in LAUNCH_VARIABLES if name in os.environ)
     remedy = "run `accelerate config default`"
@@ -2693,6 +2706,8 @@ def check_prediction(args, accelerator, pipeline, noise_scheduler, dataset):
 
 def check_first_batch(args, accelerator, model, pipeline, noise_scheduler, dataset, parameters):
     """Fails if the UNet predicts something else, or if a compiled model gives no gradients."""
+    # important: this is the first forward, uncompiled. In it, transformers installs what collects hidden states,
+    # under a lock that would break a compiled graph.
     check_prediction(args, accelerator, pipeline, noise_scheduler, dataset)
     if accelerator.state.dynamo_plugin.backend.value == "NO":
         return
@@ -2821,7 +2836,7 @@ def train(args):
 
     # Train: one optimizer step per gradient_accumulation_steps micro-batches
     if step == 0:
-        validate(args, accelerator, pipeline, step)
+        validate_between_steps(args, accelerator, pipeline, step)
     stopped, step_loss = False, 0.0
     progress = tqdm(total=max_train_steps, initial=step, desc="steps", disable=not accelerator.is_main_process)
     batches = dataloader if step < max_train_steps else ()  # accelerate 1.0 cannot iterate over nothing
@@ -2850,8 +2865,7 @@ def train(args):
             if stopped:
                 break
             if step % args.validation_steps == 0 and step < max_train_steps:
-                with leaving_out(f"validation pictures of step {step}"):
-                    validate(args, accelerator, pipeline, step)
+                validate_between_steps(args, accelerator, pipeline, step)
 
     # Save, prove that the files load, draw the final pictures with them
     if accelerator.is_main_process and not stopped:

@@ -353,19 +353,34 @@ def random_text_encoder(folder, rank):
 
 
 def no_memory_for_pictures(folder, rank):
-    """Raises the error of a full GPU when the pictures of the first step are drawn, after the first network has run."""
+    """Raises the error of a full GPU when the first two validations draw, after the first network has run.
+
+    Records where the VAE is put before this error ends the drawing.
+    """
     import train_custom_diffusion as trainer
 
-    decode = trainer.decode
-    calls = []
+    decode, validate, to = trainer.decode, trainer.validate, AutoencoderKL.to
+    calls, places = [], []
 
     def fail(*args):
         calls.append(args)
-        if len(calls) == 2:
+        places.clear()
+        if len(calls) <= 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GB")
         return decode(*args)
 
-    trainer.decode = fail
+    def put(vae, *args, **options):
+        places.append(str(args[0]))
+        return to(vae, *args, **options)
+
+    def watched(*args):
+        try:
+            return validate(*args)
+        except torch.OutOfMemoryError:
+            beside(folder, "json").write_text(json.dumps(places))
+            raise
+
+    trainer.decode, trainer.validate, AutoencoderKL.to = fail, watched, put
 
 
 def slow_disk(folder, rank):

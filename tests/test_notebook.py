@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from launching import FAST, ROOT, SCRIPT, flags, python, run, wait_until
+from launching import FAST, ROOT, SCRIPT, finish, flags, python, run, start, wait_until
 from models import EMBEDDED
 from PIL import Image
-from reading import load_weights
+from reading import load_trained, load_weights, same_bits
 
 FILE = ROOT / "examples" / "custom_diffusion.ipynb"
 CELLS = {cell["id"]: cell for cell in json.loads(FILE.read_text(encoding="utf-8"))["cells"]}
@@ -289,6 +289,23 @@ def test_runs_of_one_kernel(kernel, one_concept, tmp_path):
     words = flags(**values | {"output_dir": tmp_path / "magic", "max_train_steps": 1})
     printed, error = kernel.answer(f"%run {SCRIPT} {shlex.join(words)}")  # its standard output is no file
     assert error is None and "Saved to" in printed
+
+
+def test_settings_of_other_cells(one_concept, tmp_path):
+    """Torch's defaults, which a notebook may have changed to draw pictures, do not reach the training."""
+    values = FAST | one_concept | {"max_train_steps": 1}
+    words = flags(**values | {"output_dir": tmp_path / "run"})
+    python(f"""
+import torch
+from train_custom_diffusion import main, parse_args
+
+torch.set_default_device("meta")
+torch.set_default_dtype(torch.float16)
+torch.set_grad_enabled(False)
+main(parse_args({words!r}))
+""")
+    assert "checked" in finish(start(tmp_path / "plain", **values), tmp_path / "plain")
+    assert same_bits(load_trained(tmp_path / "run"), load_trained(tmp_path / "plain"))
 
 
 # Several processes

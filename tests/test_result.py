@@ -276,16 +276,18 @@ def test_final_pictures_that_fail(one_concept, tmp_path):
 
 
 def test_validation_that_fails(one_concept, tmp_path):
-    """Memory that is missing for the pictures of a step costs these alone; the training is as without them."""
-    values = one_concept | {"max_train_steps": 3}
+    """Memory that is missing for pictures before and between the steps costs these alone, and no other memory."""
+    values = one_concept | {"max_train_steps": 3, "cache_latents": 1}
     plain = fork(tmp_path / "plain", **values)
     values |= {"validation_prompt": "a <new1> cat", "validation_steps": 1, "num_validation_images": 1}
     folder = tmp_path / "run"
     said = finish(start(folder, observer=no_memory_for_pictures, **values), folder)
     left_out = re.findall("^warning: .* left out: .*$", said, re.MULTILINE)
-    assert left_out == ["warning: validation pictures of step 1 left out: CUDA out of memory. Tried to allocate 2 GB"]
-    assert {file.name for file in (folder / "validation").iterdir()} == {f"step-{step:06d}.png" for step in (0, 2, 3)}
+    line = "warning: validation pictures of step {} left out: CUDA out of memory. Tried to allocate 2 GB"
+    assert left_out == [line.format(0), line.format(1)]
+    assert {file.name for file in (folder / "validation").iterdir()} == {f"step-{step:06d}.png" for step in (2, 3)}
     assert same_bits(load_trained(folder), load_trained(plain))
+    assert json.loads((tmp_path / "run.json").read_text()) == ["cpu"]  # the next step may need the VAE's room
 
 
 def test_proof_that_fails(one_concept, tmp_path):

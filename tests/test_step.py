@@ -88,9 +88,11 @@ def test_frees_gradients(watched, sd1):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("model", ["sd1", "sdxl"])
 @pytest.mark.parametrize("backend", ["aot_eager", *(pytest.param(b, marks=pytest.mark.gpu) for b in COMPILERS)])
-def test_compiled(backend, one_concept, tmp_path):
+def test_compiled(backend, model, one_concept, request, tmp_path):
     """`accelerate launch --dynamo_backend`: the same training. Inductor's kernels take minutes to make on a CPU."""
+    one_concept = one_concept | {"pretrained_model_name_or_path": request.getfixturevalue(model)}
     values = FAST | one_concept | {"train_batch_size": 2, "max_train_steps": STEPS}
     values |= {"learning_rate": 1, "adam_epsilon": 1, "set_grads_to_none": backend == "cudagraphs"}
     launcher = [*LAUNCHERS["accelerate"], "--num_processes=1", "--num_machines=1", "--mixed_precision=no"]
