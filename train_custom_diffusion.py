@@ -1845,6 +1845,32 @@ def attention_state_dict(unet):
     return {key: value.float().cpu().contiguous() for key, value in trained_attention(unet).items()}
 
 
+def plain_name(word):
+    """A word without the signs that Windows refuses in names of files, or that mean something in prompts."""
+    return re.sub(r'[<>:"/\\|?*()\[\]{}]', "", word).strip(" .")
+
+
+def name_files(words, folder):
+    """What the files of each word are called, without their ending: the word itself, or its plain name.
+
+    Windows refuses signs such as `<` in names, and so do disks in its formats.
+    """
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        with tempfile.NamedTemporaryFile(prefix="<", dir=existing):
+            return {word: word for word in words}
+    except OSError:
+        names = {word: plain_name(word) for word in words}
+    known = set(names.values())
+    if len(known) < len(words) or "" in known:
+        fail(
+            f"--modifier_token {'+'.join(words)}",
+            "this disk takes no signs in names of files, and without them these words have no names of their own; "
+            "choose other words",
+        )
+    return names
+
+
 @dataclasses.dataclass(frozen=True)
 class Result:
     """The files of a run: where they are, what words they teach, and the record of the settings.
@@ -1854,7 +1880,7 @@ class Result:
     """
 
     folder: Path
-    words: list
+    words: dict  # {word: the name of its files, without their ending}
     is_xl: bool
     settings: dict
     safe: bool = True  # whether there are .safetensors
@@ -1865,20 +1891,20 @@ class Result:
         """Those of the files, in the order of preference."""
         return ("safetensors", "bin") if self.safe else ("bin",)
 
-    def file(self, stem=WEIGHTS_NAME):
+    def file(self, word=None):
         """Name of the file that a word, or else the weights, are to be loaded from."""
-        return f"{stem}.{self.endings[0]}"
+        return f"{self.words.get(word, WEIGHTS_NAME)}.{self.endings[0]}"
 
     def tables(self, pipeline):
         """What is trained, by the files' stems and with diffusers' keys; float32 on the CPU."""
         tables = {WEIGHTS_NAME: attention_state_dict(pipeline.unet)}
-        for i, word in enumerate(self.words):
+        for i, (word, stem) in enumerate(self.words.items()):
             embeddings = [text_encoder.get_input_embeddings() for _, text_encoder in text_parts(pipeline)]
             rows = [embedding.rows[i].detach().cpu().clone() for embedding in embeddings]
             if self.is_xl:  # names and shapes are those that other tools read
-                tables[word] = {name: row[None] for name, row in zip(XL_NAMES, rows, strict=True)}
+                tables[stem] = {name: row[None] for name, row in zip(XL_NAMES, rows, strict=True)}
             else:
-                tables[word] = {word: rows[0]}
+                tables[stem] = {word: rows[0]}
         return tables
 
     def save(self, pipeline, folder, endings):
@@ -1914,7 +1940,9 @@ class Result:
         ending = "safetensors" if (folder / f"{WEIGHTS_NAME}.safetensors").exists() else "bin"
         pipeline.unet.load_state_dict(self.read(folder / f"{WEIGHTS_NAME}.{ending}"), strict=False)
         for i, word in enumerate(self.words):
-            table = self.read(folder / f"{word}.{ending}")
+            # A checkpoint may come from a disk that takes other names.
+            files = [folder / f"{stem}.{ending}" for stem in (word, plain_name(word))]
+            table = self.read(files[0] if files[0].exists() else files[1])
             names = XL_NAMES if self.is_xl else (word,)
             for (_, text_encoder), name in zip(text_parts(pipeline), names, strict=True):
                 text_encoder.get_input_embeddings().rows.data[i] = table[name]
@@ -2030,7 +2058,7 @@ def describe_result(args, concepts, pipeline, samples_per_step):
     not_needed = ("safety_checker", "feature_extractor")
     return Result(
         folder=Path(args.output_dir),
-        words=modifier_tokens(args),
+        words=name_files(modifier_tokens(args), Path(args.output_dir)),
         is_xl=len(text_parts(pipeline)) > 1,
         settings=settings,
         safe=not args.no_safe_serialization,
@@ -2104,7 +2132,8 @@ def prove_reload(result, accelerator, pipeline, base_tokenizers, concepts):
     # What was trained, what it predicts, and how it reads the prompts
     prompts = [caption for concept in concepts for _, caption in concept.instance_samples]
     tables = result.tables(pipeline)
-    trained = trained_values(pipeline, result.words)
+    words = list(result.words)
+    trained = trained_values(pipeline, words)
     clip_skip = result.settings["clip_skip"]
     prediction = predict(accelerator, pipeline, prompts[0], clip_skip)
     ids = token_ids([tokenizer for tokenizer, _ in text_parts(pipeline)], prompts)
@@ -2117,7 +2146,7 @@ def prove_reload(result, accelerator, pipeline, base_tokenizers, concepts):
         raise
     # The same of what diffusers has loaded
     problem = f"its files are kept, but diffusers {diffusers.__version__} loads another"
-    loaded = trained_values(pipeline, result.words)
+    loaded = trained_values(pipeline, words)
     for key, values in trained.items():
         if key not in loaded or not torch.equal(loaded[key], values):
             fail(result.folder, f"{problem} {key}")
@@ -2182,7 +2211,7 @@ Custom Diffusion weights for `{base}`, trained on pictures of {", ".join(f"`{pro
     # Upload by name, as a folder can hold anything besides.
     sheets = ["before_after.png", "steps.png"] if pictures else []
     # The hub's patterns are those of file names, in which brackets and stars of a word mean something else.
-    files = [f"{stem}.{ending}" for stem in (WEIGHTS_NAME, *result.words) for ending in result.endings]
+    files = [f"{stem}.{ending}" for stem in (WEIGHTS_NAME, *result.words.values()) for ending in result.endings]
     names = [glob.escape(name) for name in (*files, "README.md", *pictures, *sheets)]
     folder = str(result.folder)
     call = f"upload_folder(repo_id={repository!r}, folder_path={folder!r}, allow_patterns={names})"

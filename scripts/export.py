@@ -32,6 +32,7 @@ from results import (
     find_weights,
     load_one_file,
     one_line_errors,
+    plain_name,
     read_base,
     read_result,
     start_command,
@@ -240,14 +241,6 @@ def describe(title, kind, words, base):
         metadata["ss_output_name"] = title
         metadata["ss_tag_frequency"] = json.dumps({"custom diffusion": {word: 1 for word in words}})
     return metadata
-
-
-def plain_name(word):
-    """A word as a file's name, which other tools take as the word.
-
-    Windows does not allow `<` and `>`, and tools read brackets as weights.
-    """
-    return re.sub(r'[<>:"/\\|?*()\[\]{}]', "", word).strip(" .")
 
 
 def place_words(words, folder, output, sources):

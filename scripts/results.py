@@ -16,6 +16,7 @@ import pickle
 import re
 import shutil
 import sys
+import tempfile
 import textwrap
 import traceback
 import zipfile
@@ -256,6 +257,31 @@ class Result:
         return self.files[0].parent
 
 
+def plain_name(word):
+    """A word as a file's name, which other tools take as the word.
+
+    Windows does not allow `<` and `>`, and tools read brackets as weights.
+    """
+    return re.sub(r'[<>:"/\\|?*()\[\]{}]', "", word).strip(" .")
+
+
+def name_files(words, folder):
+    """What the files of each word are called, without their ending: the word itself, or its plain name.
+
+    Windows refuses signs such as `<` in names, and so do disks in its formats.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.NamedTemporaryFile(prefix="<", dir=folder):
+            return {word: word for word in words}
+    except OSError:
+        names = {word: plain_name(word) for word in words}
+    if not all(names.values()) or len(set(names.values())) < len(words):
+        problem = "this disk takes no signs in names of files, and without them"
+        fail(folder, f"{problem} the files of {' and '.join(words)} have no names of their own; give another disk")
+    return names
+
+
 def check_name(name, subject):
     """Fails if `name` is neither a folder nor possibly a hub repository."""
     if Path(name).is_dir():
@@ -360,7 +386,7 @@ def read_weights(file):
 
 
 def read_word(file):
-    """Returns the embeddings of the word that a file is named after, None if there are none."""
+    """Returns the embeddings of a word in a file, None if there are none."""
     import torch
 
     remedy = "take another checkpoint, or move it away if it is not of this result"
@@ -373,14 +399,14 @@ def read_word(file):
     if not all(torch.is_tensor(value) for value in table.values()):
         return None
     dimensions = {name: value.ndim for name, value in table.items()}
-    if dimensions not in ({file.stem: 1}, {"clip_l": 2, "clip_g": 2}):
+    if list(dimensions.values()) != [1] and dimensions != {"clip_l": 2, "clip_g": 2}:
         return None
     # Reversed, SDXL's are in the order of the text encoders.
     return {name: table[name].detach().float() for name in sorted(table, reverse=True)}
 
 
 def find_words(folder, settings):
-    """Returns {file: embeddings} of a result's words.
+    """Returns {word: (file, embeddings)} of a result.
 
     These are the words of the record, in its order, or without a record all embeddings of the folder.
     """
@@ -392,14 +418,18 @@ def find_words(folder, settings):
         names = sorted({file.stem for file in files} - {WEIGHTS_NAME})
     found = {}
     for name in names:
-        files = [folder / f"{name}{suffix}" for suffix in SUFFIXES]
+        # Where a disk refuses a word's signs, its files have its plain name.
+        files = [folder / f"{stem}{suffix}" for stem in (name, plain_name(name)) for suffix in SUFFIXES]
         present = [file for file in files if file.is_file()]
         if not present:
             problem = f"missing, though {name} is a word of this result"
             fail(files[0], f"{problem}; copy all of its files")
         rows = read_word(present[0])
-        if rows is not None:
-            found[present[0]] = rows
+        # SDXL's files do not say their word, the others do.
+        word = next(iter(rows)) if rows and len(rows) == 1 else name
+        known_as = [word] if is_recorded else [word, plain_name(word)]
+        if rows and name in known_as:
+            found[word] = present[0], rows
         elif is_recorded:
             fail(present[0], f"no embedding of a word called {name}; take another checkpoint")
         else:
@@ -413,12 +443,12 @@ def read_result(name):
     weights, metadata = read_weights(weights_file)
     settings = read_settings(folder, weights_file, metadata)
     found = find_words(folder, settings)
-    words = {file.stem: rows for file, rows in found.items()}
+    words = {word: rows for word, (_, rows) in found.items()}
     for word, values in ({None: weights} | words).items():
         for key, value in values.items():
             if not value.isfinite().all():
                 fail(name, f"{word or key} is not finite; take an earlier checkpoint")
-    return Result(name, weights, words, settings, [weights_file, *found])
+    return Result(name, weights, words, settings, [weights_file, *(file for file, _ in found.values())])
 
 
 # ---------- Writing a result ------------------------------------------------------------------------------------
@@ -496,7 +526,8 @@ def write_result(folder, weights, words, settings):
     layers = {name.partition(".attn2.")[0] for name in weights}
     # diffusers' loader wants an entry for every layer.
     empty = sorted(f"{layer}.attn1.processor" for layer in layers)
-    tables = {word: renamed(rows, word) for word, rows in words.items()}
+    names = name_files(words, folder)
+    tables = {names[word]: renamed(rows, word) for word, rows in words.items()}
     tables[WEIGHTS_NAME] = trained
     for name, table in tables.items():
         others = empty if name == WEIGHTS_NAME else []
