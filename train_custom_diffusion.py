@@ -36,6 +36,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import re
 import shlex
 import shutil
@@ -46,6 +47,7 @@ import textwrap
 import traceback
 import unicodedata
 import warnings
+import zipfile
 from datetime import timedelta
 from pathlib import Path
 
@@ -1136,10 +1138,20 @@ def read_file(args):
     if not is_one_file(args):
         return {}
     remedy = "download it again, or give the .safetensors of the same model"
+    # diffusers' own reader hides why a file can't be read.
     with failing_as(f"--pretrained_model_name_or_path {file}", remedy, file):
-        if not file.endswith((".safetensors", ".ckpt")):
+        if file.endswith(".safetensors"):
+            return load_file(file)
+        if not file.endswith(".ckpt"):
             raise ValueError("its name ends in neither .safetensors nor .ckpt, as diffusers wants it")
-        return single_file_utils.load_single_file_checkpoint(file)
+        try:
+            weights = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        except pickle.UnpicklingError:
+            # torch's message advises to run the code in it.
+            raise ValueError("no pickle of tensors alone, and what else is in one could run code") from None
+        while "state_dict" in weights:
+            weights = weights["state_dict"]
+        return weights
 
 
 def check_file(args, weights):
@@ -1186,6 +1198,8 @@ def find_base(args):
     default = check_file(args, weights) if is_one_file(args) else name
     if args.config_name_or_path and not is_one_file(args):
         fail("--config_name_or_path", f"only for a model in one file, and {name} is none; leave it out")
+    if args.variant and is_one_file(args):
+        fail(f"--variant {args.variant}", f"only for a folder or hub id, and {name} is one file; leave it out")
     schedule = {}
     source = "its scheduler"
     # The keys v_pred and ztsnr of a file stand for nothing but themselves.
@@ -2070,7 +2084,7 @@ def describe_result(args, concepts, pipeline, samples_per_step):
 def predict(accelerator, pipeline, prompt, clip_skip):
     """The UNet's prediction for a prompt and fixed noise, (1, channels, h, w), float32 on the CPU."""
     channels = pipeline.unet.config.in_channels
-    noise = torch.randn(1, channels, 32, 32, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(1, channels, 16, 16, generator=torch.Generator().manual_seed(0))
     inputs = [noise, torch.tensor([500])]
     for tokenizer, _ in text_parts(pipeline):
         inputs.append(tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt").input_ids)
@@ -2454,7 +2468,7 @@ def reporting(accelerator):
 
 
 def count_memory(accelerator, args, pipeline, trained):
-    """Bytes on the device during the training: weights, gradients, the optimizer's state."""
+    """Bytes that lie on the device all through the training: weights, gradients, the optimizer's state."""
     weights = 0
     for network in networks_of(pipeline):
         for tensor in (*network.parameters(), *network.buffers()):
@@ -2497,7 +2511,8 @@ def print_summary(accelerator, args, result, concepts, pipeline, trained, max_tr
     if accelerator.device.type == "cuda":
         properties = torch.cuda.get_device_properties(accelerator.device)
         needed += f" of {properties.total_memory / 1e6:,.0f}"
-    lines.append(f"Memory: {needed} for weights, gradients and optimizer, without a step's pictures")
+    left_out = "activations, the drawing of pictures and, beside a GPU, the computer's own memory"
+    lines.append(f"Memory: {needed} for weights, gradients and optimizer; not counted: {left_out}")
     if args.lr_scheduler != "constant" and args.lr_warmup_steps >= max_train_steps:
         lines.append(f"The learning rate warms up for {args.lr_warmup_steps} steps, longer than the run")
     if result.is_xl and args.resolution < 1024:
@@ -2717,9 +2732,10 @@ def check_prediction(args, accelerator, pipeline, noise_scheduler, dataset):
         fail(said, f"{problem} that of {other}; give --prediction_type {other}")
 
 
-def check_first_batch(args, accelerator, model, pipeline, noise_scheduler, dataset, parameters):
+def check_first_batch(args, accelerator, model, pipeline, noise_scheduler, dataset, parameters, step):
     """Fails if the UNet predicts something else, or if a compiled model gives no gradients."""
-    check_prediction(args, accelerator, pipeline, noise_scheduler, dataset)
+    if step == 0:  # A checkpoint's run was asked when it began.
+        check_prediction(args, accelerator, pipeline, noise_scheduler, dataset)
     if accelerator.state.dynamo_plugin.backend.value == "NO":
         return
     # For a batch of another size it would compile again.
@@ -2840,7 +2856,7 @@ def train(args):
     draws = range(step * samples_per_step, max_train_steps * samples_per_step)
     dataloader = build_dataloader(args, accelerator, dataset, args.train_batch_size, draws)
     model, optimizer, dataloader = accelerator.prepare(model, optimizer, dataloader)
-    check_first_batch(args, accelerator, model, pipeline, noise_scheduler, dataset, trained)
+    check_first_batch(args, accelerator, model, pipeline, noise_scheduler, dataset, trained, step)
     repository = start_reporting(args, accelerator, step, checkpoints.wandb_id)
     checkpoints.claim_folder()
     print_summary(accelerator, args, result, concepts, pipeline, trained, max_train_steps, initializer_ids[0])

@@ -580,6 +580,8 @@ def read_base(args, subject, names):
     layer was left out. Reads these alone and no whole network, so a large model takes little memory.
     """
     file = find_file(args)
+    if file and args.variant:
+        fail("--variant", "is for a base model that is a folder or hub id; leave it out")
     if file:
         remedy = "give a Stable Diffusion 1.x, 2.x or XL; if it should be one, download the file again"
         with failing_as(subject, remedy, file), original_layout.open_tensors(file) as tensors:
