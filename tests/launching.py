@@ -202,6 +202,16 @@ def fork_script(script, *words, cwd=None, stdin=""):
         return subprocess.CompletedProcess([script, *words], child.exitcode, *(output.read() for output in outputs))
 
 
+def fork_code(code, cwd=None):
+    """Runs Python code in a forked process, checks that it ended well, and returns the process."""
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
+        file.write(code)
+        file.flush()
+        process = fork_script(file.name, cwd=cwd)
+    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-6000:]
+    return process
+
+
 def wait_until(condition, seconds=300):
     """Waits until condition() is true, looking every millisecond."""
     end = time.monotonic() + seconds

@@ -21,7 +21,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     StableDiffusionPipeline,
 )
-from launching import FAST, ROOT, finish, flags, fork, fork_script, python, run, secrets_in, start, train
+from launching import FAST, ROOT, finish, flags, fork, fork_code, fork_script, python, secrets_in, start, train
 from models import EMBEDDED
 from observers import (
     change_a_number,
@@ -214,7 +214,6 @@ def embedded(world, tmp_path_factory):
     """The embedded model at its own resolution."""
     return train(
         tmp_path_factory.mktemp("runs") / "embedded",
-        launcher="accelerate",
         pretrained_model_name_or_path=EMBEDDED,
         instance_data_dir=world / "my_cat",
         instance_prompt="photo of a <new1> cat",
@@ -246,7 +245,7 @@ def test_printed_snippet_works(embedded, tmp_path):
     printed = (embedded / "stdout.txt").read_text()
     _, _, snippet = printed.partition("To use it:\n")
     assert "load_attn_procs" in snippet
-    python(snippet, cwd=tmp_path)
+    fork_code(snippet, cwd=tmp_path)
     (picture,) = tmp_path.glob("*.png")
     assert Image.open(picture).size == (128, 128)
 
@@ -321,7 +320,7 @@ def test_closing_lines_name_what_keeps_it_apart(one_concept, one_real_concept, t
     folder = tmp_path / "my run"
     said = finish(start(folder, max_train_steps=1, **one_concept), folder)
     (line,) = MERGE_LINE.findall(said)
-    process = run(sys.executable, *shlex.split(line)[1:], cwd=ROOT)
+    process = fork_script(*shlex.split(line)[1:], cwd=ROOT)
     assert process.returncode == 0, process.stderr
     assert load_trained(tmp_path / "my run-apart").keys() == load_trained(folder).keys()
     for name, values in {
@@ -452,9 +451,7 @@ def test_disk_that_refuses_signs(kind, request, one_concept, tmp_path):
     found, expected = (results.read_result(str(folder)) for folder in (there, here))
     assert list(found.words) == ["<new1>"] and same_bits(found.words["<new1>"], expected.words["<new1>"])
     lines = said.partition("To use it:\n")[2].replace("steps=100", "steps=2").replace("eta=1.0", "height=64, width=64")
-    (tmp_path / "use.py").write_text(f"{lines}\nassert '<new1>' in pipeline.tokenizer.tokenize('a <new1>')")
-    used = fork_script(tmp_path / "use.py", cwd=tmp_path)
-    assert used.returncode == 0, used.stderr
+    fork_code(f"{lines}\nassert '<new1>' in pipeline.tokenizer.tokenize('a <new1>')", cwd=tmp_path)
 
     # Each kind of model goes one way.
     folder, observer, name = there, None, "<new1>"
