@@ -39,7 +39,6 @@ from results import (
     subtract,
     unfinished,
     warn,
-    weight_patterns,
     write_file,
     written_whole,
 )
@@ -462,8 +461,7 @@ def open_parts(args, subject, base):
     parts = ["unet", "vae", "text_encoder"]
     if base.is_xl:
         parts.append("text_encoder_2")
-    wanted = [pattern for part in parts for pattern in weight_patterns(args, part)]
-    folder = find_folder(args.pretrained_model_name_or_path, subject, ["vae/config.json", *wanted], args.revision)
+    folder = find_folder(args.pretrained_model_name_or_path, subject, ["vae/config.json"], args.revision)
     with contextlib.ExitStack() as stack:
         tables = {part: {} for part in parts}
         for part in parts:

@@ -266,9 +266,9 @@ def plain_name(word):
 
 
 def name_files(words, folder):
-    """What the files of each word are called, without their ending: the word itself, or its plain name.
+    """What the files of each word are called, without their ending.
 
-    Windows refuses signs such as `<` in names, and so do disks in its formats.
+    That is the word, or on disks that refuse signs such as `<`, as Windows does, its plain name.
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -591,7 +591,7 @@ def read_base(args, subject, names):
     check_name(args.pretrained_model_name_or_path, subject)
     if args.config_name_or_path:
         fail("--config_name_or_path", "is for a base model that is one file; leave it out")
-    folder = find_folder(args.pretrained_model_name_or_path, subject, CONFIGS + weight_patterns(args), args.revision)
+    folder = find_folder(args.pretrained_model_name_or_path, subject, CONFIGS, args.revision)
     unet, scheduler = read_configs(folder, subject)
     weights = {}
     for file in find_weights(args, folder, subject):
@@ -669,26 +669,32 @@ def read_configs(folder, subject):
     return unet, scheduler
 
 
-def weight_patterns(args, part="unet"):
+def weight_patterns(variant, part="unet"):
     """The names of a part's weights in a model's folder: one file or several.
 
     Older versions of diffusers have other names for a variant's parts.
     """
     stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
-    variant = f".{args.variant}" if args.variant else ""
-    endings = (f"{variant}", f"{variant}-*-of-*[0-9]", f"-*-of-*[0-9]{variant}")
+    ending = f".{variant}" if variant else ""
+    endings = (f"{ending}", f"{ending}-*-of-*[0-9]", f"-*-of-*[0-9]{ending}")
     return [f"{part}/{stem}{ending}.safetensors" for ending in endings]
 
 
 def find_weights(args, folder, subject, part="unet"):
-    """Returns the files of a part's weights in a model's folder."""
-    patterns = weight_patterns(args, part)
-    files = sorted({file for pattern in patterns for file in folder.glob(pattern)})
-    if files:
-        return files
+    """Returns the files of a part's weights in a model's folder, or downloads them into the hub's cache.
+
+    As diffusers has it, a part besides the UNet may lack files for the variant, and then has plain ones.
+    """
+    patterns = weight_patterns(args.variant, part)
+    wanted = [patterns] if part == "unet" else [patterns, weight_patterns(None, part)]
+    for known in wanted:
+        place = find_folder(args.pretrained_model_name_or_path, subject, known, args.revision)
+        files = sorted({file for pattern in known for file in place.glob(pattern)})
+        if files:
+            return files
     remedy = "give --variant fp16 if its files are named so, or a model in .safetensors"
-    if args.variant:
-        remedy = f"leave --variant out, or give a model of which every part has files for {args.variant}"
+    if args.variant and part == "unet":
+        remedy = f"leave --variant out, or give a model whose UNet has files for {args.variant}"
     with failing_as(subject, remedy, folder / part):
         there = ", ".join(sorted(file.name for file in (folder / part).iterdir()))
         raise FileNotFoundError(f"no {Path(patterns[0]).name} in its {part} folder, but {there}")

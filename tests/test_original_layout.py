@@ -517,7 +517,7 @@ def test_what_one_file_cannot_be(models, tmp_path):
     assert half.read_bytes() == before and [file.name for file in tmp_path.glob("*cat*")] == []
 
 
-@pytest.mark.parametrize("kind", ["parts", "old VAE", "old text encoder", "variant"])
+@pytest.mark.parametrize("kind", ["parts", "old VAE", "old text encoder", "variant", "variant of the UNet alone"])
 def test_folders_of_every_age(kind, tmp_path):
     """Weights in several files, names of old versions of diffusers and transformers, and a variant give one file."""
     folder = tmp_path / "model"
@@ -536,8 +536,9 @@ def test_folders_of_every_age(kind, tmp_path):
         table = load_file(files["text_encoder"]) | {"text_model.embeddings.position_ids": torch.arange(77.0)[None]}
         save_file(table, files["text_encoder"])
     else:
-        for file in files.values():
-            file.rename(file.with_suffix(".fp16.safetensors"))
+        for part, file in files.items():
+            if part == "unet" or kind == "variant":
+                file.rename(file.with_suffix(".fp16.safetensors"))
         more["variant"] = "fp16"
     result = make_result(EMBEDDED, tmp_path / "result")
     for name, model, options in (("found", folder, more), ("expected", EMBEDDED, {})):
