@@ -1145,10 +1145,11 @@ def read_file(args):
         if not file.endswith(".ckpt"):
             raise ValueError("its name ends in neither .safetensors nor .ckpt, as diffusers wants it")
         try:
-            weights = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+            is_zip = zipfile.is_zipfile(file)
+            weights = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
         except pickle.UnpicklingError:
             # torch's message advises to run the code in it.
-            raise ValueError("no pickle of tensors alone, and what else is in one could run code") from None
+            raise ValueError("no pickle of tensors alone, and more could run code") from None
         while "state_dict" in weights:
             weights = weights["state_dict"]
         return weights
@@ -1199,7 +1200,7 @@ def find_base(args):
     if args.config_name_or_path and not is_one_file(args):
         fail("--config_name_or_path", f"only for a model in one file, and {name} is none; leave it out")
     if args.variant and is_one_file(args):
-        fail(f"--variant {args.variant}", f"only for a folder or hub id, and {name} is one file; leave it out")
+        fail(f"--variant {args.variant}", f"only for a folder or hub id, not {name}; leave it out")
     schedule = {}
     source = "its scheduler"
     # The keys v_pred and ztsnr of a file stand for nothing but themselves.
@@ -1860,27 +1861,30 @@ def attention_state_dict(unet):
 
 
 def plain_name(word):
-    """A word without the signs that Windows refuses in names of files, or that mean something in prompts."""
+    """A word without the signs that Windows refuses in names or that mean something in prompts."""
     return re.sub(r'[<>:"/\\|?*()\[\]{}]', "", word).strip(" .")
 
 
 def name_files(words, folder):
-    """What the files of each word are called, without their ending: the word itself, or its plain name.
+    """What the files of each word are called, without their ending.
 
-    Windows refuses signs such as `<` in names, and so do disks in its formats.
+    That is the word, or on disks that refuse signs such as `<`, as Windows does, its plain name.
     """
+    names = {word: word for word in words}
+    if not accelerate.PartialState().is_main_process:  # The others write nothing, not even to ask.
+        return names
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     try:
         with tempfile.NamedTemporaryFile(prefix="<", dir=existing):
-            return {word: word for word in words}
+            return names
     except OSError:
         names = {word: plain_name(word) for word in words}
     known = set(names.values())
     if len(known) < len(words) or "" in known:
         fail(
             f"--modifier_token {'+'.join(words)}",
-            "this disk takes no signs in names of files, and without them these words have no names of their own; "
-            "choose other words",
+            "this disk takes no signs in names of files, and without them these words have "
+            "no names of their own; choose other words",
         )
     return names
 
@@ -2468,7 +2472,7 @@ def reporting(accelerator):
 
 
 def count_memory(accelerator, args, pipeline, trained):
-    """Bytes that lie on the device all through the training: weights, gradients, the optimizer's state."""
+    """Bytes that lie on the device all the time: weights, gradients, the optimizer's state."""
     weights = 0
     for network in networks_of(pipeline):
         for tensor in (*network.parameters(), *network.buffers()):

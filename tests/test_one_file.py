@@ -232,7 +232,7 @@ class SideEffect:
 
 
 OTHERS = {
-    "cut": ["cut.safetensors", "incomplete", "download it again"],
+    "cut": ["cut.safetensors", "header", "download it again"],
     "a page of the web": ["a page of the web.safetensors", "download it again"],
     "not fetched": ["git lfs pull"],
     "no ending": ["no ending", "its name ends in neither .safetensors nor .ckpt"],
@@ -242,7 +242,7 @@ OTHERS = {
     "no configuration": ["--config_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5", "folder"],
     "configuration of XL": ["one of it and", "a Stable Diffusion XL", "--config_name_or_path"],
     "configuration for a folder": ["--config_name_or_path", "leave it out"],
-    "variant of a file": ["--variant fp16", "one file; leave it out"],
+    "variant of a file": ["--variant fp16", "only for a folder or hub id"],
     "no such file": ["--config_name_or_path", "no.safetensors is none"],
     "no such file here": ["no.safetensors", "no such folder or file"],
     "file as configuration": ["--config_name_or_path", "whole.safetensors", "folder in diffusers format"],
