@@ -36,6 +36,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import re
 import shlex
 import shutil
@@ -46,6 +47,7 @@ import textwrap
 import traceback
 import unicodedata
 import warnings
+import zipfile
 from datetime import timedelta
 from pathlib import Path
 
@@ -1139,10 +1141,21 @@ def read_file(args):
     if not is_one_file(args):
         return {}
     remedy = "download it again, or give the .safetensors of the same model"
+    # diffusers' own reader hides why a file can't be read.
     with failing_as(f"--pretrained_model_name_or_path {file}", remedy, file):
-        if not file.endswith((".safetensors", ".ckpt")):
+        if file.endswith(".safetensors"):
+            return load_file(file)
+        if not file.endswith(".ckpt"):
             raise ValueError("its name ends in neither .safetensors nor .ckpt, as diffusers wants it")
-        return single_file_utils.load_single_file_checkpoint(file)
+        try:
+            is_zip = zipfile.is_zipfile(file)
+            weights = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
+        except pickle.UnpicklingError:
+            # torch's message advises to run the code in it.
+            raise ValueError("no pickle of tensors alone, and more could run code") from None
+        while "state_dict" in weights:
+            weights = weights["state_dict"]
+        return weights
 
 
 def check_file(args, weights):
@@ -1189,6 +1202,8 @@ def find_base(args):
     default = check_file(args, weights) if is_one_file(args) else name
     if args.config_name_or_path and not is_one_file(args):
         fail("--config_name_or_path", f"only for a model in one file, and {name} is none; leave it out")
+    if args.variant and is_one_file(args):
+        fail(f"--variant {args.variant}", f"only for a folder or hub id, not {name}; leave it out")
     schedule = {}
     source = "its scheduler"
     # The keys v_pred and ztsnr of a file stand for nothing but themselves.
@@ -1848,6 +1863,35 @@ def attention_state_dict(unet):
     return {key: value.float().cpu().contiguous() for key, value in trained_attention(unet).items()}
 
 
+def plain_name(word):
+    """A word without the signs that Windows refuses in names or that mean something in prompts."""
+    return re.sub(r'[<>:"/\\|?*()\[\]{}]', "", word).strip(" .")
+
+
+def name_files(words, folder):
+    """What the files of each word are called, without their ending.
+
+    That is the word, or on disks that refuse signs such as `<`, as Windows does, its plain name.
+    """
+    names = {word: word for word in words}
+    if not accelerate.PartialState().is_main_process:  # The others write nothing, not even to ask.
+        return names
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        with tempfile.NamedTemporaryFile(prefix="<", dir=existing):
+            return names
+    except OSError:
+        names = {word: plain_name(word) for word in words}
+    known = set(names.values())
+    if len(known) < len(words) or "" in known:
+        fail(
+            f"--modifier_token {'+'.join(words)}",
+            "this disk takes no signs in names of files, and without them these words have "
+            "no names of their own; choose other words",
+        )
+    return names
+
+
 @dataclasses.dataclass(frozen=True)
 class Result:
     """The files of a run: where they are, what words they teach, and the record of the settings.
@@ -1857,7 +1901,7 @@ class Result:
     """
 
     folder: Path
-    words: list
+    words: dict  # {word: the name of its files, without their ending}
     is_xl: bool
     settings: dict
     safe: bool = True  # whether there are .safetensors
@@ -1868,20 +1912,20 @@ class Result:
         """Those of the files, in the order of preference."""
         return ("safetensors", "bin") if self.safe else ("bin",)
 
-    def file(self, stem=WEIGHTS_NAME):
+    def file(self, word=None):
         """Name of the file that a word, or else the weights, are to be loaded from."""
-        return f"{stem}.{self.endings[0]}"
+        return f"{self.words.get(word, WEIGHTS_NAME)}.{self.endings[0]}"
 
     def tables(self, pipeline):
         """What is trained, by the files' stems and with diffusers' keys; float32 on the CPU."""
         tables = {WEIGHTS_NAME: attention_state_dict(pipeline.unet)}
-        for i, word in enumerate(self.words):
+        for i, (word, stem) in enumerate(self.words.items()):
             embeddings = [text_encoder.get_input_embeddings() for _, text_encoder in text_parts(pipeline)]
             rows = [embedding.rows[i].detach().cpu().clone() for embedding in embeddings]
             if self.is_xl:  # names and shapes are those that other tools read
-                tables[word] = {name: row[None] for name, row in zip(XL_NAMES, rows, strict=True)}
+                tables[stem] = {name: row[None] for name, row in zip(XL_NAMES, rows, strict=True)}
             else:
-                tables[word] = {word: rows[0]}
+                tables[stem] = {word: rows[0]}
         return tables
 
     def save(self, pipeline, folder, endings):
@@ -1917,7 +1961,9 @@ class Result:
         ending = "safetensors" if (folder / f"{WEIGHTS_NAME}.safetensors").exists() else "bin"
         pipeline.unet.load_state_dict(self.read(folder / f"{WEIGHTS_NAME}.{ending}"), strict=False)
         for i, word in enumerate(self.words):
-            table = self.read(folder / f"{word}.{ending}")
+            # A checkpoint may come from a disk that takes other names.
+            files = [folder / f"{stem}.{ending}" for stem in (word, plain_name(word))]
+            table = self.read(files[0] if files[0].exists() else files[1])
             names = XL_NAMES if self.is_xl else (word,)
             for (_, text_encoder), name in zip(text_parts(pipeline), names, strict=True):
                 text_encoder.get_input_embeddings().rows.data[i] = table[name]
@@ -2033,7 +2079,7 @@ def describe_result(args, concepts, pipeline, samples_per_step):
     not_needed = ("safety_checker", "feature_extractor")
     return Result(
         folder=Path(args.output_dir),
-        words=modifier_tokens(args),
+        words=name_files(modifier_tokens(args), Path(args.output_dir)),
         is_xl=len(text_parts(pipeline)) > 1,
         settings=settings,
         safe=not args.no_safe_serialization,
@@ -2045,7 +2091,7 @@ def describe_result(args, concepts, pipeline, samples_per_step):
 def predict(accelerator, pipeline, prompt, clip_skip):
     """The UNet's prediction for a prompt and fixed noise, (1, channels, h, w), float32 on the CPU."""
     channels = pipeline.unet.config.in_channels
-    noise = torch.randn(1, channels, 32, 32, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(1, channels, 16, 16, generator=torch.Generator().manual_seed(0))
     inputs = [noise, torch.tensor([500])]
     for tokenizer, _ in text_parts(pipeline):
         inputs.append(tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt").input_ids)
@@ -2107,7 +2153,8 @@ def prove_reload(result, accelerator, pipeline, base_tokenizers, concepts):
     # What was trained, what it predicts, and how it reads the prompts
     prompts = [caption for concept in concepts for _, caption in concept.instance_samples]
     tables = result.tables(pipeline)
-    trained = trained_values(pipeline, result.words)
+    words = list(result.words)
+    trained = trained_values(pipeline, words)
     clip_skip = result.settings["clip_skip"]
     prediction = predict(accelerator, pipeline, prompts[0], clip_skip)
     ids = token_ids([tokenizer for tokenizer, _ in text_parts(pipeline)], prompts)
@@ -2120,7 +2167,7 @@ def prove_reload(result, accelerator, pipeline, base_tokenizers, concepts):
         raise
     # The same of what diffusers has loaded
     problem = f"its files are kept, but diffusers {diffusers.__version__} loads another"
-    loaded = trained_values(pipeline, result.words)
+    loaded = trained_values(pipeline, words)
     for key, values in trained.items():
         if key not in loaded or not torch.equal(loaded[key], values):
             fail(result.folder, f"{problem} {key}")
@@ -2185,7 +2232,7 @@ Custom Diffusion weights for `{base}`, trained on pictures of {", ".join(f"`{pro
     # Upload by name, as a folder can hold anything besides.
     sheets = ["before_after.png", "steps.png"] if pictures else []
     # The hub's patterns are those of file names, in which brackets and stars of a word mean something else.
-    files = [f"{stem}.{ending}" for stem in (WEIGHTS_NAME, *result.words) for ending in result.endings]
+    files = [f"{stem}.{ending}" for stem in (WEIGHTS_NAME, *result.words.values()) for ending in result.endings]
     names = [glob.escape(name) for name in (*files, "README.md", *pictures, *sheets)]
     folder = str(result.folder)
     call = f"upload_folder(repo_id={repository!r}, folder_path={folder!r}, allow_patterns={names})"
@@ -2428,7 +2475,7 @@ def reporting(accelerator):
 
 
 def count_memory(accelerator, args, pipeline, trained):
-    """Bytes on the device during the training: weights, gradients, the optimizer's state."""
+    """Bytes that lie on the device all the time: weights, gradients, the optimizer's state."""
     weights = 0
     for network in networks_of(pipeline):
         for tensor in (*network.parameters(), *network.buffers()):
@@ -2471,7 +2518,8 @@ def print_summary(accelerator, args, result, concepts, pipeline, trained, max_tr
     if accelerator.device.type == "cuda":
         properties = torch.cuda.get_device_properties(accelerator.device)
         needed += f" of {properties.total_memory / 1e6:,.0f}"
-    lines.append(f"Memory: {needed} for weights, gradients and optimizer, without a step's pictures")
+    left_out = "activations, the drawing of pictures and, beside a GPU, the computer's own memory"
+    lines.append(f"Memory: {needed} for weights, gradients and optimizer; not counted: {left_out}")
     if args.lr_scheduler != "constant" and args.lr_warmup_steps >= max_train_steps:
         lines.append(f"The learning rate warms up for {args.lr_warmup_steps} steps, longer than the run")
     if result.is_xl and args.resolution < 1024:

@@ -32,7 +32,7 @@ def pipelines(model, device, dtype):
         if "custom_diffusion" in name:
             parameter.data.mul_(1.1)
     with tempfile.TemporaryDirectory() as folder:
-        result = trainer.Result(Path(folder), words=[], is_xl=False, settings={})
+        result = trainer.Result(Path(folder), words={}, is_xl=False, settings={})
         result.save(trained, result.folder, result.endings)
         result.load_as_a_user(found["loaded"])
         for name, value in result.read(result.folder / result.file()).items():

@@ -11,10 +11,14 @@ results, such as a training and what scripts/merge.py makes of it, get a row eac
 import argparse
 import json
 import os
+import sys
 import textwrap
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+from results import plain_name  # noqa: E402
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before torch, diffusers and transformers are imported
 
@@ -113,7 +117,10 @@ def load_concept(pipeline, folder, tokens):
     # without `_pipeline` diffusers reads the file and installs nothing
     pipeline.unet.load_attn_procs(folder, weight_name=f"{WEIGHTS_NAME}.{ending}", _pipeline=pipeline)
     for token in tokens:
-        load_word(pipeline, Path(folder, f"{token}.{ending}"), token)
+        file = Path(folder, f"{token}.{ending}")
+        if not file.is_file():  # Windows refuses signs in names of files, and a run there leaves them out
+            file = Path(folder, f"{plain_name(token)}.{ending}")
+        load_word(pipeline, file, token)
 
 
 def load_word(pipeline, file, token):

@@ -32,13 +32,13 @@ from results import (
     find_weights,
     load_one_file,
     one_line_errors,
+    plain_name,
     read_base,
     read_result,
     start_command,
     subtract,
     unfinished,
     warn,
-    weight_patterns,
     write_file,
     written_whole,
 )
@@ -240,14 +240,6 @@ def describe(title, kind, words, base):
         metadata["ss_output_name"] = title
         metadata["ss_tag_frequency"] = json.dumps({"custom diffusion": {word: 1 for word in words}})
     return metadata
-
-
-def plain_name(word):
-    """A word as a file's name, which other tools take as the word.
-
-    Windows does not allow `<` and `>`, and tools read brackets as weights.
-    """
-    return re.sub(r'[<>:"/\\|?*()\[\]{}]', "", word).strip(" .")
 
 
 def place_words(words, folder, output, sources):
@@ -469,8 +461,7 @@ def open_parts(args, subject, base):
     parts = ["unet", "vae", "text_encoder"]
     if base.is_xl:
         parts.append("text_encoder_2")
-    wanted = [pattern for part in parts for pattern in weight_patterns(args, part)]
-    folder = find_folder(args.pretrained_model_name_or_path, subject, ["vae/config.json", *wanted], args.revision)
+    folder = find_folder(args.pretrained_model_name_or_path, subject, ["vae/config.json"], args.revision)
     with contextlib.ExitStack() as stack:
         tables = {part: {} for part in parts}
         for part in parts:

@@ -196,7 +196,7 @@ def open_tensors(file):
         if not is_zip:
             raise ValueError("no table of tensors") from None
         # torch's own message advises to run the code in it.
-        raise ValueError("holds objects that are no tensors and could run code") from None
+        raise ValueError("holds objects that are no tensors and could run code, so give its .safetensors") from None
     while "state_dict" in content:
         content = content["state_dict"]
     if not isinstance(content, dict):

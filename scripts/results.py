@@ -16,6 +16,7 @@ import pickle
 import re
 import shutil
 import sys
+import tempfile
 import textwrap
 import traceback
 import zipfile
@@ -256,6 +257,31 @@ class Result:
         return self.files[0].parent
 
 
+def plain_name(word):
+    """A word as a file's name, which other tools take as the word.
+
+    Windows does not allow `<` and `>`, and tools read brackets as weights.
+    """
+    return re.sub(r'[<>:"/\\|?*()\[\]{}]', "", word).strip(" .")
+
+
+def name_files(words, folder):
+    """What the files of each word are called, without their ending.
+
+    That is the word, or on disks that refuse signs such as `<`, as Windows does, its plain name.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.NamedTemporaryFile(prefix="<", dir=folder):
+            return {word: word for word in words}
+    except OSError:
+        names = {word: plain_name(word) for word in words}
+    if not all(names.values()) or len(set(names.values())) < len(words):
+        problem = "this disk takes no signs in names of files, and without them"
+        fail(folder, f"{problem} the files of {' and '.join(words)} have no names of their own; give another disk")
+    return names
+
+
 def check_name(name, subject):
     """Fails if `name` is neither a folder nor possibly a hub repository."""
     if Path(name).is_dir():
@@ -360,7 +386,7 @@ def read_weights(file):
 
 
 def read_word(file):
-    """Returns the embeddings of the word that a file is named after, None if there are none."""
+    """Returns the embeddings of a word in a file, None if there are none."""
     import torch
 
     remedy = "take another checkpoint, or move it away if it is not of this result"
@@ -373,14 +399,14 @@ def read_word(file):
     if not all(torch.is_tensor(value) for value in table.values()):
         return None
     dimensions = {name: value.ndim for name, value in table.items()}
-    if dimensions not in ({file.stem: 1}, {"clip_l": 2, "clip_g": 2}):
+    if list(dimensions.values()) != [1] and dimensions != {"clip_l": 2, "clip_g": 2}:
         return None
     # Reversed, SDXL's are in the order of the text encoders.
     return {name: table[name].detach().float() for name in sorted(table, reverse=True)}
 
 
 def find_words(folder, settings):
-    """Returns {file: embeddings} of a result's words.
+    """Returns {word: (file, embeddings)} of a result.
 
     These are the words of the record, in its order, or without a record all embeddings of the folder.
     """
@@ -392,14 +418,18 @@ def find_words(folder, settings):
         names = sorted({file.stem for file in files} - {WEIGHTS_NAME})
     found = {}
     for name in names:
-        files = [folder / f"{name}{suffix}" for suffix in SUFFIXES]
+        # Where a disk refuses a word's signs, its files have its plain name.
+        files = [folder / f"{stem}{suffix}" for stem in (name, plain_name(name)) for suffix in SUFFIXES]
         present = [file for file in files if file.is_file()]
         if not present:
             problem = f"missing, though {name} is a word of this result"
             fail(files[0], f"{problem}; copy all of its files")
         rows = read_word(present[0])
-        if rows is not None:
-            found[present[0]] = rows
+        # SDXL's files do not say their word, the others do.
+        word = next(iter(rows)) if rows and len(rows) == 1 else name
+        known_as = [word] if is_recorded else [word, plain_name(word)]
+        if rows and name in known_as:
+            found[word] = present[0], rows
         elif is_recorded:
             fail(present[0], f"no embedding of a word called {name}; take another checkpoint")
         else:
@@ -413,12 +443,12 @@ def read_result(name):
     weights, metadata = read_weights(weights_file)
     settings = read_settings(folder, weights_file, metadata)
     found = find_words(folder, settings)
-    words = {file.stem: rows for file, rows in found.items()}
+    words = {word: rows for word, (_, rows) in found.items()}
     for word, values in ({None: weights} | words).items():
         for key, value in values.items():
             if not value.isfinite().all():
                 fail(name, f"{word or key} is not finite; take an earlier checkpoint")
-    return Result(name, weights, words, settings, [weights_file, *found])
+    return Result(name, weights, words, settings, [weights_file, *(file for file, _ in found.values())])
 
 
 # ---------- Writing a result ------------------------------------------------------------------------------------
@@ -496,7 +526,8 @@ def write_result(folder, weights, words, settings):
     layers = {name.partition(".attn2.")[0] for name in weights}
     # diffusers' loader wants an entry for every layer.
     empty = sorted(f"{layer}.attn1.processor" for layer in layers)
-    tables = {word: renamed(rows, word) for word, rows in words.items()}
+    names = name_files(words, folder)
+    tables = {names[word]: renamed(rows, word) for word, rows in words.items()}
     tables[WEIGHTS_NAME] = trained
     for name, table in tables.items():
         others = empty if name == WEIGHTS_NAME else []
@@ -549,6 +580,8 @@ def read_base(args, subject, names):
     layer was left out. Reads these alone and no whole network, so a large model takes little memory.
     """
     file = find_file(args)
+    if file and args.variant:
+        fail("--variant", "is for a base model that is a folder or hub id; leave it out")
     if file:
         remedy = "give a Stable Diffusion 1.x, 2.x or XL; if it should be one, download the file again"
         with failing_as(subject, remedy, file), original_layout.open_tensors(file) as tensors:
@@ -558,7 +591,7 @@ def read_base(args, subject, names):
     check_name(args.pretrained_model_name_or_path, subject)
     if args.config_name_or_path:
         fail("--config_name_or_path", "is for a base model that is one file; leave it out")
-    folder = find_folder(args.pretrained_model_name_or_path, subject, CONFIGS + weight_patterns(args), args.revision)
+    folder = find_folder(args.pretrained_model_name_or_path, subject, CONFIGS, args.revision)
     unet, scheduler = read_configs(folder, subject)
     weights = {}
     for file in find_weights(args, folder, subject):
@@ -636,26 +669,32 @@ def read_configs(folder, subject):
     return unet, scheduler
 
 
-def weight_patterns(args, part="unet"):
+def weight_patterns(variant, part="unet"):
     """The names of a part's weights in a model's folder: one file or several.
 
     Older versions of diffusers have other names for a variant's parts.
     """
     stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
-    variant = f".{args.variant}" if args.variant else ""
-    endings = (f"{variant}", f"{variant}-*-of-*[0-9]", f"-*-of-*[0-9]{variant}")
+    ending = f".{variant}" if variant else ""
+    endings = (f"{ending}", f"{ending}-*-of-*[0-9]", f"-*-of-*[0-9]{ending}")
     return [f"{part}/{stem}{ending}.safetensors" for ending in endings]
 
 
 def find_weights(args, folder, subject, part="unet"):
-    """Returns the files of a part's weights in a model's folder."""
-    patterns = weight_patterns(args, part)
-    files = sorted({file for pattern in patterns for file in folder.glob(pattern)})
-    if files:
-        return files
+    """Returns the files of a part's weights in a model's folder, or downloads them into the hub's cache.
+
+    As diffusers has it, a part besides the UNet may lack files for the variant, and then has plain ones.
+    """
+    patterns = weight_patterns(args.variant, part)
+    wanted = [patterns] if part == "unet" else [patterns, weight_patterns(None, part)]
+    for known in wanted:
+        place = find_folder(args.pretrained_model_name_or_path, subject, known, args.revision)
+        files = sorted({file for pattern in known for file in place.glob(pattern)})
+        if files:
+            return files
     remedy = "give --variant fp16 if its files are named so, or a model in .safetensors"
-    if args.variant:
-        remedy = f"leave --variant out, or give a model of which every part has files for {args.variant}"
+    if args.variant and part == "unet":
+        remedy = f"leave --variant out, or give a model whose UNet has files for {args.variant}"
     with failing_as(subject, remedy, folder / part):
         there = ", ".join(sorted(file.name for file in (folder / part).iterdir()))
         raise FileNotFoundError(f"no {Path(patterns[0]).name} in its {part} folder, but {there}")

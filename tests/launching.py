@@ -141,6 +141,12 @@ def main_in_child(words, folder, observer, env, cwd):
         finish_observing()
 
 
+def free_port():
+    """A port of this computer that nobody uses."""
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
+        return server.getsockname()[1]
+
+
 def start(folder, processes=1, observer=None, env=None, cwd=None, of_rank=None, **values):
     """Starts main in processes forked from one that has imported the trainer; returns them.
 
@@ -152,9 +158,7 @@ def start(folder, processes=1, observer=None, env=None, cwd=None, of_rank=None, 
     context = forkserver()
     places = [{}]
     if processes > 1:
-        with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
-            port = server.getsockname()[1]
-        place = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        place = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         places = [place | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
     children = []
     for rank, place in enumerate(places):
@@ -204,6 +208,16 @@ def fork_script(script, *words, cwd=None, stdin=""):
         atexit.register(child.kill)
         child.join(600)
         return subprocess.CompletedProcess([script, *words], child.exitcode, *(output.read() for output in outputs))
+
+
+def fork_code(code, cwd=None):
+    """Runs Python code in a forked process, checks that it ended well, and returns the process."""
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
+        file.write(code)
+        file.flush()
+        process = fork_script(file.name, cwd=cwd)
+    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-6000:]
+    return process
 
 
 def wait_until(condition, seconds=300):

@@ -152,7 +152,7 @@ def small_vocabulary(tmp_path_factory):
     return folder
 
 
-def make_xl(folder, eos_token_id):
+def make_xl(folder, eos_token_id, **unet):
     """Saves a Stable Diffusion XL of random weights, with two text encoders of different width."""
     import torch
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -162,20 +162,23 @@ def make_xl(folder, eos_token_id):
     vae = make_vae(scaling_factor=0.13025)
     text = {"intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 49408}
     text |= {"eos_token_id": eos_token_id}
+    blocks = {
+        "layers_per_block": 1,
+        "block_out_channels": [32, 64],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+        "transformer_layers_per_block": [1, 2],
+        "attention_head_dim": [2, 4],
+    }
     unet = UNet2DConditionModel(
         sample_size=8,
-        layers_per_block=1,
-        block_out_channels=[32, 64],
-        down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
-        up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
-        transformer_layers_per_block=[1, 2],
-        attention_head_dim=[2, 4],
         use_linear_projection=True,
         cross_attention_dim=32 + 48,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=6 * 8 + 40,
         norm_num_groups=8,
+        **blocks | unet,
     )
     second = CLIPTextConfig(hidden_size=48, projection_dim=40, hidden_act="gelu", **text)
     StableDiffusionXLPipeline(
@@ -195,6 +198,26 @@ def make_xl(folder, eos_token_id):
 def sdxl(tmp_path_factory):
     """Stable Diffusion XL in small. With this end token, of the hub's folders, transformers pools at the new word."""
     return make_xl(tmp_path_factory.mktemp("models") / "sdxl", eos_token_id=2)
+
+
+@pytest.fixture(scope="session")
+def ssd(tmp_path_factory):
+    """SSD-1B in small: an XL without attention in the middle, and with other depths on the way up than down.
+
+    The true depths are [1, [2, 2], [4, 4]] and [[4, 4, 10], [2, 1, 1], 1].
+    """
+    return make_xl(
+        tmp_path_factory.mktemp("models") / "ssd",
+        eos_token_id=2,
+        layers_per_block=2,
+        block_out_channels=[16, 32, 32],
+        down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        mid_block_type="UNetMidBlock2D",
+        up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        transformer_layers_per_block=[1, [2, 2], [1, 1]],
+        reverse_transformer_layers_per_block=[[1, 1, 3], [2, 1, 1], 1],
+        attention_head_dim=[1, 2, 2],
+    )
 
 
 @pytest.fixture(scope="session")

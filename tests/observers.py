@@ -485,6 +485,17 @@ def nothing_can_be_renamed(folder, rank):
     os.rename = os.replace = refuse
 
 
+def disk_of_windows(folder, rank):
+    """The disk refuses the signs in names that Windows refuses."""
+
+    def refuse(event, details):
+        place, _, name = str(details[0]).rpartition("/") if event == "open" else ("", "", "")
+        if place.startswith(str(folder.parent)) and set(name) & set('<>:"|?*'):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), details[0])
+
+    sys.addaudithook(refuse)
+
+
 def no_locks(folder, rank):
     """Locking a file raises the error of a network drive without locks."""
 

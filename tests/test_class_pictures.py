@@ -3,13 +3,12 @@
 import re
 import shlex
 import shutil
-import sys
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
-from launching import SCRIPT, finish, flags, fork, run, start, train
+from launching import SCRIPT, finish, flags, fork, fork_script, start, train
 from observers import record_generation
 from pictures import make_picture
 from PIL import Image
@@ -203,7 +202,7 @@ def test_missing_real_pictures_name_the_command(name, sd1, world, tmp_path):
     if name == "empty":
         (folder / "images").mkdir(parents=True)
     values = real_flags(sd1, world, class_data_dir=folder, class_prompt="tabby cat", num_class_images=7)
-    process = run(sys.executable, SCRIPT, *flags(**values, output_dir=tmp_path / "run"))
+    process = fork_script(SCRIPT, *flags(**values, output_dir=tmp_path / "run"))
     assert process.returncode == 1
     (line,) = process.stderr.splitlines()
     words = shlex.split(line[line.index("python retrieve.py") :])

@@ -230,7 +230,7 @@ def norm(arrays):
 @pytest.mark.parametrize("weight, warns", [(1e-3, True), (1e6, False)])
 def test_warns_where_little_is_kept(weight, warns, results, sd1, tmp_path):
     words = words_of(results["cat"], model=sd1, output_dir=tmp_path / "run", weight=weight)
-    process = run(sys.executable, MERGE, *words)
+    process = fork_script(MERGE, *words)
     assert process.returncode == 0
     assert ("warning: <new1> will be weaker" in process.stderr) == warns
     assert (int(re.search(r"(-?\d+) % of what was trained is kept", process.stdout)[1]) < 60) == warns
@@ -255,7 +255,7 @@ def test_result_is_taken_as_an_input(joined, sd1, tmp_path):
     said = merge(joined[0], model=sd1, output_dir=tmp_path / "again")
     assert "<new1> cat: " in said and "<new2> pot: " in said
     words = flags(pretrained_model_name_or_path=sd1, output=tmp_path / "lora.safetensors")
-    assert run(sys.executable, ROOT / "scripts" / "export.py", tmp_path / "again", *words).returncode == 0
+    assert fork_script(ROOT / "scripts" / "export.py", tmp_path / "again", *words).returncode == 0
 
 
 @pytest.mark.parametrize("kind", ["of --no_safe_serialization", "of diffusers' script", "checkpoint", "on a GPU"])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from families import FAMILIES, make_family
-from launching import ROOT, finish, python, start
+from launching import ROOT, finish, fork_code, fork_script, start
 from models import SMALL_VOCABULARY
 from observers import record_losses, record_losses_and_draw_fast
 from original import write_original
@@ -220,14 +220,15 @@ def test_parts_that_nothing_needs(tiny, flags_of, tmp_path):
     said = log_of(tmp_path / "run", **flags_of(tiny))
     lines = said.partition("To use it:\n")[2]
     assert "num_inference_steps=100" in lines
-    python(lines.replace("steps=100", "steps=2").replace("eta=1.0", "height=64, width=64"), cwd=tmp_path)
+    fork_code(lines.replace("steps=100", "steps=2").replace("eta=1.0", "height=64, width=64"), cwd=tmp_path)
     assert Image.open(tmp_path / "picture.png").size == (64, 64)
     model = tmp_path / "exported"
     words = [tmp_path / "run", "--pretrained_model_name_or_path", tiny, "--output", model, "--format", "model"]
-    python(ROOT / "scripts" / "export.py", *words)
+    process = fork_script(ROOT / "scripts" / "export.py", *words)
+    assert process.returncode == 0, process.stderr
     assert type(DiffusionPipeline.from_pretrained(model)).__name__ == "StableDiffusionPipeline"
     code = f"import sys; sys.path.append('{ROOT}/examples'); import before_after; before_after.load_pipeline('{tiny}')"
-    python(code)
+    fork_code(code)
 
 
 def test_only_half_precision_files(tiny, flags_of, tmp_path):

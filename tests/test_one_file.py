@@ -207,6 +207,7 @@ def refusals(sd1, sdxl, one_concept, tmp_path_factory):
         files[name].write_bytes(content)
     for name in ("no ending", "capitals.SAFETENSORS"):
         files[name] = shutil.copy(folder / "whole.safetensors", folder / name)
+    files["called .ckpt"] = shutil.copy(folder / "whole.safetensors", folder / "called.ckpt")
     files["pickled code"] = folder / "code.ckpt"
     torch.save({"state_dict": whole, "callbacks": SideEffect()}, files["pickled code"])
     calls = {name: flags(**given | {"pretrained_model_name_or_path": file}) for name, file in files.items()}
@@ -214,6 +215,7 @@ def refusals(sd1, sdxl, one_concept, tmp_path_factory):
     calls["no configuration"] = flags(**whole | {"config_name_or_path": None})
     calls["configuration of XL"] = flags(**whole | {"config_name_or_path": sdxl})
     calls["configuration for a folder"] = flags(**given)
+    calls["variant of a file"] = flags(**whole, variant="fp16")
     calls["no such file"] = flags(**given | {"pretrained_model_name_or_path": folder / "no.safetensors"})
     calls["no such file here"] = flags(
         **given | {"pretrained_model_name_or_path": "no.safetensors"} | {"config_name_or_path": None}
@@ -230,15 +232,17 @@ class SideEffect:
 
 
 OTHERS = {
-    "cut": ["cut.safetensors", "download it again"],
+    "cut": ["cut.safetensors", "header", "download it again"],
     "a page of the web": ["a page of the web.safetensors", "download it again"],
     "not fetched": ["git lfs pull"],
     "no ending": ["no ending", "its name ends in neither .safetensors nor .ckpt"],
     "capitals.SAFETENSORS": ["its name ends in neither .safetensors nor .ckpt"],
-    "pickled code": ["code.ckpt", "give the .safetensors"],
+    "pickled code": ["code.ckpt", "no pickle of tensors alone", "give the .safetensors"],
+    "called .ckpt": ["called.ckpt", "no pickle of tensors alone", "give the .safetensors"],
     "no configuration": ["--config_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5", "folder"],
     "configuration of XL": ["one of it and", "a Stable Diffusion XL", "--config_name_or_path"],
     "configuration for a folder": ["--config_name_or_path", "leave it out"],
+    "variant of a file": ["--variant fp16", "only for a folder or hub id"],
     "no such file": ["--config_name_or_path", "no.safetensors is none"],
     "no such file here": ["no.safetensors", "no such folder or file"],
     "file as configuration": ["--config_name_or_path", "whole.safetensors", "folder in diffusers format"],

@@ -34,16 +34,17 @@ import export as exporter  # noqa: E402
 import merge as merger  # noqa: E402
 import original_layout  # noqa: E402
 
-KINDS = ("sd1", "SD 2.1", "sdxl")
+KINDS = ("sd1", "SD 2.1", "sdxl", "ssd")
 PROMPT = "photo of a <new1> cat"
 
 
 @pytest.fixture(scope="module")
-def models(sd1, sdxl, tmp_path_factory):
-    """Folders of models by name: Stable Diffusion 1.x, 2.1 with its v-prediction and all of its blocks, and XL."""
+def models(sd1, sdxl, ssd, tmp_path_factory):
+    """Folders of models by name: Stable Diffusion 1.x, 2.1 with its v-prediction and all of its blocks, XL, SSD-1B."""
     return {
         "sd1": sd1,
         "sdxl": sdxl,
+        "ssd": ssd,
         "SD 2.1": make_family(tmp_path_factory.mktemp("2.1") / "model", FAMILIES["SD 2.1"]),
     }
 
@@ -480,6 +481,10 @@ def test_configuration(models, trained_on, tmp_path):
     assert line.startswith(f"error: --config_name_or_path {models['sdxl']}: ") and "of another kind" in line
     line = refusal(exporter, trained_on("sd1"), models["sd1"], tmp_path / "cat.safetensors", **more)
     assert line.startswith("error: --config_name_or_path: is for a base model that is one file")
+    for script in (exporter, merger):
+        file = tmp_path / "sd1.safetensors"
+        line = refusal(script, trained_on("sd1"), file, tmp_path / "cat.safetensors", **more, variant="fp16")
+        assert line.startswith("error: --variant: is for a base model that is a folder or hub id")
     (tmp_path / "sd1.safetensors").rename(tmp_path / "sd1.SAFETENSORS")
     more = {"config_name_or_path": models["sd1"]}
     line = refusal(exporter, trained_on("sd1"), tmp_path / "sd1.SAFETENSORS", tmp_path / "cat.safetensors", **more)
@@ -512,7 +517,7 @@ def test_what_one_file_cannot_be(models, tmp_path):
     assert half.read_bytes() == before and [file.name for file in tmp_path.glob("*cat*")] == []
 
 
-@pytest.mark.parametrize("kind", ["parts", "old VAE", "old text encoder", "variant"])
+@pytest.mark.parametrize("kind", ["parts", "old VAE", "old text encoder", "variant", "variant of the UNet alone"])
 def test_folders_of_every_age(kind, tmp_path):
     """Weights in several files, names of old versions of diffusers and transformers, and a variant give one file."""
     folder = tmp_path / "model"
@@ -531,8 +536,9 @@ def test_folders_of_every_age(kind, tmp_path):
         table = load_file(files["text_encoder"]) | {"text_model.embeddings.position_ids": torch.arange(77.0)[None]}
         save_file(table, files["text_encoder"])
     else:
-        for file in files.values():
-            file.rename(file.with_suffix(".fp16.safetensors"))
+        for part, file in files.items():
+            if part == "unet" or kind == "variant":
+                file.rename(file.with_suffix(".fp16.safetensors"))
         more["variant"] = "fp16"
     result = make_result(EMBEDDED, tmp_path / "result")
     for name, model, options in (("found", folder, more), ("expected", EMBEDDED, {})):
@@ -570,5 +576,5 @@ def test_names_of_layers(models, trained_on, tmp_path):
         blocks = r"lora_unet_((down|up)_blocks_\d|mid_block)_attentions_\d_transformer_blocks_\d_attn2_to_[kv]"
         assert all(re.fullmatch(rf"{blocks}\.(alpha|lora_(up|down)\.weight)", name) for name in names)
         word = load_file(tmp_path / kind / "new1.safetensors")
-        wanted = {"clip_l", "clip_g"} if kind == "sdxl" else {"emb_params"}
+        wanted = {"clip_l", "clip_g"} if kind in ("sdxl", "ssd") else {"emb_params"}
         assert word.keys() == wanted and all(value.dim() == 2 and len(value) == 1 for value in word.values())

@@ -21,11 +21,12 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     StableDiffusionPipeline,
 )
-from launching import FAST, ROOT, finish, flags, fork, python, run, secrets_in, start, train
+from launching import FAST, ROOT, finish, flags, fork, fork_code, fork_script, python, secrets_in, start, train
 from models import EMBEDDED
 from observers import (
     change_a_number,
     change_the_unet,
+    disk_of_windows,
     drop_a_layer,
     few_open_files,
     find_another_word,
@@ -55,6 +56,9 @@ from reading import (
     same_bits,
 )
 from safetensors.torch import load_file
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import results  # noqa: E402
 
 KV = ("to_k.weight", "to_v.weight")
 
@@ -210,7 +214,6 @@ def embedded(world, tmp_path_factory):
     """The embedded model at its own resolution."""
     return train(
         tmp_path_factory.mktemp("runs") / "embedded",
-        launcher="accelerate",
         pretrained_model_name_or_path=EMBEDDED,
         instance_data_dir=world / "my_cat",
         instance_prompt="photo of a <new1> cat",
@@ -242,7 +245,7 @@ def test_printed_snippet_works(embedded, tmp_path):
     printed = (embedded / "stdout.txt").read_text()
     _, _, snippet = printed.partition("To use it:\n")
     assert "load_attn_procs" in snippet
-    python(snippet, cwd=tmp_path)
+    fork_code(snippet, cwd=tmp_path)
     (picture,) = tmp_path.glob("*.png")
     assert Image.open(picture).size == (128, 128)
 
@@ -319,7 +322,7 @@ def test_closing_lines_name_what_keeps_it_apart(one_concept, one_real_concept, t
     folder = tmp_path / "my run"
     said = finish(start(folder, max_train_steps=1, **one_concept), folder)
     (line,) = MERGE_LINE.findall(said)
-    process = run(sys.executable, *shlex.split(line)[1:], cwd=ROOT)
+    process = fork_script(*shlex.split(line)[1:], cwd=ROOT)
     assert process.returncode == 0, process.stderr
     assert load_trained(tmp_path / "my run-apart").keys() == load_trained(folder).keys()
     for name, values in {
@@ -423,6 +426,72 @@ def test_word_that_is_no_file_name(proof_flags, tmp_path):
     said = finish(start(folder, **flags), folder, status=1)
     assert re.match(f"error: --output_dir {folder}: .*File name too long", said.splitlines()[-1]), said[-600:]
     assert "Training" not in said and [file.name for file in folder.iterdir()] == [".lock"]
+
+
+def names_in(folder):
+    """The files of a run and of its checkpoints."""
+    return {str(file.relative_to(folder)) for file in folder.rglob("*.*") if file.name[0] != "."}
+
+
+def words_with_plain_names(folder):
+    """Renames the words' files of a run as somebody does who copies them to Windows."""
+    for file in folder.rglob("<*"):
+        file.replace(file.with_name(re.sub("[<>]", "", file.name)))
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_disk_that_refuses_signs(kind, request, one_concept, tmp_path):
+    """There the word's files have its plain name; the printed lines and the scripts read them, and so do other disks.
+
+    A checkpoint that was copied from one disk to the other goes on there to the same bits.
+    """
+    values = one_concept | {"pretrained_model_name_or_path": request.getfixturevalue(kind), "learning_rate": 1e-2}
+    values |= {"max_train_steps": 2, "checkpointing_steps": 1}
+    there, here = tmp_path / "there", fork(tmp_path / "here", **values)
+    said = finish(start(there, observer=disk_of_windows, **values), there)
+    assert names_in(there) == {name.replace("<new1>", "new1") for name in names_in(here)}
+    found, expected = (results.read_result(str(folder)) for folder in (there, here))
+    assert list(found.words) == ["<new1>"] and same_bits(found.words["<new1>"], expected.words["<new1>"])
+    lines = said.partition("To use it:\n")[2].replace("steps=100", "steps=2").replace("eta=1.0", "height=64, width=64")
+    fork_code(f"{lines}\nassert '<new1>' in pipeline.tokenizer.tokenize('a <new1>')", cwd=tmp_path)
+
+    # Each kind of model goes one way.
+    folder, observer, name = there, None, "<new1>"
+    if kind == "sdxl":
+        folder, observer, name = here, disk_of_windows, "new1"
+        words_with_plain_names(here)
+    shutil.rmtree(folder / "checkpoint-2")
+    said = finish(start(folder, observer=observer, **values, resume_from_checkpoint="latest"), folder)
+    assert f"Resuming from {folder / 'checkpoint-1'}" in said
+    resumed = results.read_result(str(folder / "checkpoint-2"))
+    assert resumed.files[1].name == f"{name}.safetensors"
+    assert same_bits(resumed.words["<new1>"] | resumed.weights, expected.words["<new1>"] | expected.weights)
+
+
+def test_scripts_on_a_disk_that_refuses_signs(saved, monkeypatch, tmp_path):
+    """What merge.py writes there is read; so is what has no record; words without names of their own are refused."""
+
+    def refuse(**options):
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(results.tempfile, "NamedTemporaryFile", refuse)
+    result = results.read_result(str(saved))
+    results.write_result(tmp_path / "merged", result.weights, result.words, result.settings)
+    results.write_result(tmp_path / "no record", result.weights, result.words, {})
+    for name in ("merged", "no record"):
+        assert names_in(tmp_path / name) == {
+            f"{stem}.{end}" for stem in (WEIGHTS, "new1") for end in ("bin", "safetensors")
+        }
+        found = results.read_result(str(tmp_path / name))
+        assert list(found.words) == ["<new1>"] and same_bits(found.words["<new1>"], result.words["<new1>"])
+    row = result.words["<new1>"]
+    for words in (["<new1>", "[new1]"], ["<>"]):
+        with pytest.raises(results.Problem, match="no signs in names of files"):
+            results.write_result(tmp_path / "refused", result.weights, dict.fromkeys(words, row), {})
+    (file,) = (tmp_path / "no record").glob("new1.safetensors")
+    file.replace(file.with_name("cat.safetensors"))
+    (tmp_path / "no record" / "new1.bin").unlink()
+    assert results.read_result(str(tmp_path / "no record")).words == {}, "another word's name"
 
 
 def test_tf32_is_off_for_the_proof(proof_flags, tmp_path):

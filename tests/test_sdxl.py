@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 from hub import Hub
-from launching import ROOT, SECRET, finish, fork, fork_script, python, run, start, train
+from launching import ROOT, SECRET, finish, fork, fork_code, fork_script, run, start, train
 from models import EMBEDDED
 from observers import record_losses, record_tables
 from PIL import Image
@@ -216,8 +216,7 @@ def test_printed_lines_make_a_picture(trained, tmp_path):
     """As they stand, but for fewer steps."""
     code = trained.with_name("run.log").read_text().split("To use it:\n\n")[1].split("'picture.png')")[0]
     code = code.replace("num_inference_steps=100", "num_inference_steps=2") + "'picture.png')"
-    process = run(sys.executable, "-c", code, cwd=tmp_path)
-    assert process.returncode == 0, process.stderr[-2000:]
+    fork_code(code, cwd=tmp_path)
     assert Image.open(tmp_path / "picture.png").size == (64, 64)
     assert "--resolution 1024" in trained.with_name("run.log").read_text()
     assert Image.open(trained / "before_after.png").height > 2 * 64
@@ -231,7 +230,7 @@ def test_printed_lines_of_a_word_with_quotes_or_brackets(word, common, tmp_path)
     said = finish(start(tmp_path / "run", **common | values), tmp_path / "run")
     code = said.split("To use it:\n\n")[1].split("image = ")[0]
     code += "print(len(pipeline.tokenizer), pipeline.tokenizer_2.convert_ids_to_tokens(49408))"
-    assert python(code).stdout.splitlines()[-1] == f"49409 {word}"
+    assert fork_code(code).stdout.splitlines()[-1] == f"49409 {word}"
 
 
 @pytest.mark.slow
