@@ -57,6 +57,8 @@ NEEDED = (
 INSTALL = "run pip install -r requirements.txt, best in a new environment"
 # Weights of --keep_apart, against that of the captions, which is 1
 WORD_WEIGHT, CLASS_WEIGHT, RIDGE = 1, 4, 0.01
+CURVE_STEPS, CURVE_SAMPLES = 10, 8  # of --stop_when_learned: every so many steps, on so many fixed draws
+FLAT = 0.01  # of the whole fall of their loss, in the last fifth of the steps
 PREDICTION_TIME = 0.6  # of the noise schedule, where noise and velocity are told apart
 PADDING = 10  # tokens after a prompt's end that count; all 60 would outweigh its words
 DEFAULT_INITIALIZERS = "ktn+pll+ucd"
@@ -275,6 +277,7 @@ FLAGS = {  # by group: flag, type or choices, default, help
         ("--gradient_accumulation_steps", positive, 1, "micro-batches per optimizer step"),
         ("--num_train_epochs", positive, 1, "an epoch is max(instance pictures, class pictures) long"),
         ("--max_train_steps", positive, None, "optimizer steps; wins over --num_train_epochs"),
+        ("--stop_when_learned", boolean, False, "end earlier, once the loss on fixed draws has stopped falling"),
         ("--seed", seed_number, 42, "every random draw follows from it"),
         ("--dataloader_num_workers", non_negative, 2, "processes that load pictures; 0: the main one"),
         ("--local_rank", int, -1, "not used: launchers set LOCAL_RANK"),
@@ -2269,9 +2272,10 @@ def lock(file):
 class Checkpoints:
     """Saves and resumes training: output_dir/checkpoint-<step>, each also loadable like the final result.
 
-    The main process alone saves, as all hold the same state. The step says where in its draws a run
-    is. The record comes last and goes first, so a folder that has one is complete whenever the run is
-    killed. No folder is renamed, which buckets that are mounted as a disk refuse.
+    The main process alone saves, as all hold the same state; the others wait where the next step
+    averages the gradients. The step says where in its draws a run is. The record comes last and goes
+    first, so a folder that has one is complete whenever the run is killed. No folder is renamed,
+    which buckets that are mounted as a disk refuse.
     """
 
     def __init__(self, result, accelerator, pipeline, optimizer, lr_scheduler, limit=None):
@@ -2282,6 +2286,7 @@ class Checkpoints:
         self.lr_scheduler = lr_scheduler
         self.limit = limit
         self.wandb_id = None  # of the run at wandb that a checkpoint goes on with
+        self.fixed_losses = []  # of `has_learned`
         # A run has one number, however often it is resumed.
         self.run = 1 + max((run for run, _ in self.saved().values()), default=0)
 
@@ -2342,6 +2347,7 @@ class Checkpoints:
             "optimizer": self.optimizer.state_dict()["state"],
             "lr_scheduler": self.lr_scheduler.last_epoch,
             "scaler": scaler.state_dict() if scaler else None,
+            "fixed_losses": self.fixed_losses,
         }
         record = {"step": step, "run": self.run, "settings": self.result.settings}
         for tracker in self.accelerator.trackers:
@@ -2426,6 +2432,7 @@ class Checkpoints:
         # The rates of this command line at that step; a schedule's own state would bring back those of the old one.
         self.lr_scheduler.last_epoch = state["lr_scheduler"] - 1
         self.lr_scheduler.step()
+        self.fixed_losses[:] = state.get("fixed_losses", [])  # an older version's has none
         self.wandb_id = record.get("wandb_id")
         return record["step"]
 
@@ -2719,9 +2726,9 @@ def build_optimizer(args, parameters, samples_per_step, max_train_steps):
     return optimizer, lr_scheduler
 
 
-def first_batches(accelerator, dataset, batch_size, samples):
-    """Batches of the first draws, which are the same in every process: at least so many samples."""
-    for start in range(0, samples, batch_size):
+def fixed_batches(accelerator, dataset, batch_size, samples, first=0):
+    """Batches of the draws from `first` on, the same in every process: at least so many samples."""
+    for start in range(first, first + samples, batch_size):
         batch = collate_fn([dataset[start + i] for i in range(batch_size)])
         yield {key: values.to(accelerator.device) for key, values in batch.items()}
 
@@ -2735,7 +2742,7 @@ def check_prediction(args, accelerator, pipeline, noise_scheduler, dataset):
     """
     model = DenoisingModel(pipeline, args.clip_skip)
     errors, sizes = {"epsilon": 0, "v_prediction": 0}, {"epsilon": 0, "v_prediction": 0}
-    for batch in first_batches(accelerator, dataset, args.train_batch_size, samples=4):
+    for batch in fixed_batches(accelerator, dataset, args.train_batch_size, samples=4):
         batch["timesteps"].fill_(int(PREDICTION_TIME * noise_scheduler.config.num_train_timesteps))
         with accelerator.autocast():
             prediction, latents = denoise(model, pipeline.vae, noise_scheduler, batch)
@@ -2760,12 +2767,42 @@ def check_first_batch(args, accelerator, model, pipeline, noise_scheduler, datas
     if accelerator.state.dynamo_plugin.backend.value == "NO":
         return
     # For a batch of another size it would compile again.
-    (batch,) = first_batches(accelerator, dataset, args.train_batch_size, samples=1)
+    (batch,) = fixed_batches(accelerator, dataset, args.train_batch_size, samples=1)
     with failing_as("--dynamo_backend", "this model cannot be compiled here; leave it out"), accelerator.no_sync(model):
         loss = diffusion_loss(model, pipeline.vae, noise_scheduler, batch, prior_loss_weight=1)
         gradients = torch.autograd.grad(1024 * loss, parameters)  # so that fp16 holds small ones
         if not all(gradient.any() for gradient in gradients):  # as a compiler was seen to do
             raise RuntimeError(f"torch {torch.__version__} makes gradients of zero")
+
+
+@torch.no_grad()
+def has_learned(args, accelerator, model, pipeline, noise_scheduler, dataset, checkpoints, step):
+    """With --stop_when_learned, whether the loss on fixed draws has stopped falling.
+
+    The loss of the training itself differs more from draw to draw than it falls. Checkpoints keep
+    the losses on the fixed draws.
+    """
+    if not args.stop_when_learned or step % CURVE_STEPS:
+        return False
+    loss, batches = 0, 0
+    # No run gets as far as these draws.
+    for batch in fixed_batches(accelerator, dataset, args.train_batch_size, CURVE_SAMPLES, first=10**9):
+        loss = loss + diffusion_loss(model, pipeline.vae, noise_scheduler, batch, prior_loss_weight=0)
+        batches += 1
+    losses = checkpoints.fixed_losses
+    losses.append(broadcast(loss / batches).item())  # All processes have to stop after the same step.
+    with reporting(accelerator):
+        accelerator.log({"loss on fixed draws": losses[-1]}, step=step)
+    earlier = losses[: len(losses) * 4 // 5]
+    # Means of five, as a single one differs too much from the next.
+    now, before = sum(losses[-5:]) / 5, sum(earlier[-5:]) / 5
+    if len(earlier) < 8 or before - now > FLAT * (losses[0] - now):
+        return False
+    if accelerator.is_main_process:
+        tqdm.write(
+            f"Learned after step {step}: in the last fifth, the loss on fixed draws fell by less than {FLAT:.0%}"
+        )
+    return True
 
 
 @contextlib.contextmanager
@@ -2907,10 +2944,10 @@ def train(args):
             if signals:
                 accelerator.set_trigger()
             stopped = accelerator.check_trigger()  # all processes stop after the same step
-            # No barrier is needed: the other processes wait where the next step averages the gradients.
+            learned = has_learned(args, accelerator, model, pipeline, noise_scheduler, dataset, checkpoints, step)
             if stopped or step % args.checkpointing_steps == 0:
                 checkpoints.save(step)
-            if stopped:
+            if stopped or learned:
                 break
             if step % args.validation_steps == 0 and step < max_train_steps:
                 validate_between_steps(args, accelerator, pipeline, step)

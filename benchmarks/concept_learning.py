@@ -60,6 +60,15 @@ BOTH = ["--concepts_list", "concept_list.json", "--modifier_token", "<new1>+<new
 BOTH += ["--initializer_token", "yellow+orange"]
 POT_CLASS = ["--class_data_dir", "assets/regularization/pot", "--class_prompt", "pot"]
 APART = ["--keep_apart", "--captions", "assets/captions.txt"]
+SECOND = "<new9>"  # second word of a concept that has two
+
+
+def two_words(word, start, kind):
+    """Flags of a concept with two words; the second one starts from "red"."""
+    flags = ["--modifier_token", f"{word}+{SECOND}", "--initializer_token", f"{start}+red"]
+    return [*flags, "--instance_prompt", f"photo of a {word} {SECOND} {kind}"]
+
+
 RUNS = {  # name: (concepts, flags of a training or results that are merged)
     "with prior": (["cat"], WITH_PRIOR),
     "without prior": (["cat"], QUICKSTART),
@@ -79,6 +88,8 @@ RUNS = {  # name: (concepts, flags of a training or results that are merged)
     "apart": (["cat"], [*QUICKSTART, *APART]),
     "pot apart": (["pot"], [*MODEL, *POT, *SETTINGS, *APART]),
     "banded cat apart": (["banded cat"], [*MODEL, *BANDED, *SETTINGS, *APART]),
+    "apart, two words": (["cat"], [*QUICKSTART, *APART, *two_words("<new1>", "yellow", "cat")]),
+    "pot apart, two words": (["pot"], [*MODEL, *POT, *SETTINGS, *APART, *two_words("<new2>", "orange", "pot")]),
     "cat and pot, apart, joined": (["cat", "pot"], ["apart", "pot apart"]),
     "two cats, apart, joined": (["cat", "banded cat"], ["apart", "banded cat apart"]),
     "three, apart, joined": (["cat", "pot", "banded cat"], ["apart", "pot apart", "banded cat apart"]),
@@ -215,6 +226,12 @@ def show(folder, name, images):
     sheet.save(folder / f"{name}.png")
 
 
+def words_of(folder, concept):
+    """The words of a concept in a result: one, or two with a space between them."""
+    second = [SECOND] if (folder / f"{SECOND}.safetensors").exists() else []
+    return " ".join([TOKENS[concept], *second])
+
+
 def judge_thing(pipeline, folder, prompts, concept, thing):
     """Draws a thing on the set's backgrounds for a concept and measures it against each concept."""
     pairs = concept_prompts(prompts, concept, thing)
@@ -228,7 +245,7 @@ def judge_pipeline(pipeline, folder, prompts, concepts):
     results = {"concepts": {}, "leakage": {}}
     for concept in concepts:
         kind = concept.split()[-1]
-        words = judge_thing(pipeline, folder, prompts, concept, f"{TOKENS[concept]} {kind}")
+        words = judge_thing(pipeline, folder, prompts, concept, f"{words_of(folder, concept)} {kind}")
         plain = [judge_thing(pipeline, folder, prompts, concept, thing)[concept] for thing in (kind, f"red {kind}")]
         results["concepts"][concept], results["leakage"][concept] = words, plain
     controls = world.eval_prompts(NUM_CONTROLS, SEEDS[prompts])
@@ -326,7 +343,8 @@ def measures(folder, prompts, concepts, limits=False):
         for concept in concepts:
             load_word(pipeline, folder / f"{TOKENS[concept].strip('<>')}.safetensors", TOKENS[concept])
     elif not limits:
-        load_concept(pipeline, folder, [TOKENS[concept] for concept in concepts])
+        words = " ".join(words_of(folder, concept) for concept in concepts)
+        load_concept(pipeline, folder, words.split())
     results = judge_pipeline(pipeline, folder, prompts, concepts)
     if limits:
         results["limits"] = judge_limits(pipeline, folder, prompts)

@@ -71,6 +71,7 @@ def main():
         "cached": [*WITH_PRIOR, *cached],
         "kept apart": [*QUICKSTART, *APART],
         "kept apart, cached": [*QUICKSTART, *APART, *cached],
+        "kept apart, cached, stopped": [*QUICKSTART, *APART, *cached, "--stop_when_learned"],
     }
     runs = {name: (str(ROOT / "train_custom_diffusion.py"), [*flags, *args.flags]) for name, flags in runs.items()}
     if args.reference:
