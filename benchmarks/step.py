@@ -368,7 +368,7 @@ class Worker:
         """Peak in bytes while the trainer ends a run: proves that the result loads, and draws. No step can follow."""
         result = self.checkpoints.result
         args, accelerator, pipeline, concepts, base_tokenizers = self.run
-        args.validation_prompt = "photo"
+        args.validation_prompt = ["photo"]
         result.save(pipeline, result.folder, result.endings)
         self.checkpoints.free()
         self.memory()

@@ -46,9 +46,12 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and those that nohup starts igno
 
 
 def flags(**values):
-    """Command-line flags from keywords: True is the bare flag, None leaves it out."""
-    given = {name: value for name, value in values.items() if value is not None}
-    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
+    """Command-line flags from keywords: True is the bare flag, None leaves it out, of a list each is given."""
+    words = []
+    for name, value in values.items():
+        each = value if isinstance(value, list) else [value]
+        words += [f"--{name}" if one is True else f"--{name}={one}" for one in each if one is not None]
+    return words
 
 
 def run(*words, **options):

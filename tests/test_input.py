@@ -355,6 +355,16 @@ def shared(*classes, folders=("class", "class")):
     return with_class(concepts([CONCEPT | {"class_prompt": name, "class_data_dir": path} for name, path in both]))
 
 
+def prompt_file(content):
+    """A case with a file of validation prompts."""
+
+    def make(folder, model):
+        (folder / "p.txt").write_bytes(content)
+        return {"validation_prompt": "p.txt"}
+
+    return make
+
+
 def class_among_pictures(folder, model):
     """A case in which a concept's class pictures are another one's instance pictures."""
     shutil.copytree(folder / "cat", folder / "dog")
@@ -377,6 +387,10 @@ DATA = {
     "picture not fetched": (picture("0.png", POINTER.encode()), ["cat/0.png", "git lfs pull"]),
     "dangling link": (link("nowhere.jpg"), ["cat/link.jpg"]),
     "caption not UTF-8": (picture("0.txt", b"caf\xe9"), ["cat/0.txt", "utf-8"]),
+    # files of validation prompts
+    "no file of prompts": (given(validation_prompt="none.txt"), ["none.txt", "No such file", "one prompt a line"]),
+    "no prompt in the file": (prompt_file(b" \r\n\n# cats\n"), ["p.txt: no prompt in it", "one prompt a line"]),
+    "prompts that are no text": (prompt_file(b"caf\xe9"), ["p.txt: 'utf-8'"]),
     # lists of concepts
     "no list file": (given(concepts_list="none.json"), ["--concepts_list", "none.json", "No such file"]),
     "folder as a list": (made("list.json/", concepts_list="list.json"), ["--concepts_list", "list.json"]),
@@ -589,6 +603,15 @@ MODEL = {
         ["--initializer_token", "wolpertinger"],
     ),
     "another tokenizer, gone": (given(tokenizer_name="gone"), ["--tokenizer_name gone"]),
+    # validation prompts
+    "token cut off in a validation prompt": (
+        given(validation_prompt=["a <new1> cat", "cat " * 80 + "<new1>"]),
+        ["--validation_prompt 'cat cat", "77 tokens"],
+    ),
+    "token in a validation prompt in other letters": (
+        given(validation_prompt="a <New1> cat"),
+        ["--validation_prompt 'a <New1> cat'", "<new1>", "capitals"],
+    ),
     # no Stable Diffusion
     "resolution": (given(resolution=100), ["--resolution", "100", "8", "104"]),
     "no such model": (given(pretrained_model_name_or_path="./gone"), [NAME, "./gone", "no such folder"]),
