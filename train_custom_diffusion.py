@@ -232,11 +232,14 @@ def path(value):
     """argparse type: a path, or a name on the hub; not empty, as a shell's unset variable is."""
     if not value:
         raise argparse.ArgumentTypeError("is empty; give a value, or leave the flag out")
+    if value.splitlines() != [value]:
+        raise argparse.ArgumentTypeError(f"{value!r} has a line break in it; leave that out")
     return os.path.expanduser(value)  # bash leaves the ~ of --flag=~/folder alone
 
 
 def string(value):
-    """argparse type: text in Unicode's normal form C, and not empty either."""
+    """argparse type: text in Unicode's normal form C, in one line, and not empty either."""
+    value = " ".join(value.splitlines())
     path(value)
     value.encode()  # ValueError for what is no UTF-8
     return normal_form(value)
@@ -354,6 +357,66 @@ FLAGS = {  # by group: flag, type or choices, default, help
 # fmt: on
 
 
+FLAG_KINDS = {name: kind for rows in FLAGS.values() for name, kind, *_ in rows}
+# What stands on a line of a file of flags: --flag, --flag=value or --flag value
+FLAG_LINE = re.compile(r"(--[\w-]+)(?:(?:\s*=\s*|\s+)(.*))?")
+# These belong to one start of a run, and the first one is a secret.
+NOT_REPEATED = ("--hub_token", "--resume_from_checkpoint", "--local_rank")
+
+
+def read_flag(line):
+    """The argument on a line of a file of flags; ValueError if there is none."""
+    # A line that is copied from a shell script may end so, and may have quotes around its value.
+    line = line.strip().removesuffix(" \\").rstrip()
+    match = FLAG_LINE.fullmatch(line)
+    if not match:
+        raise ValueError("no flag")
+    name, value = match.groups()
+    if value is None:
+        return name
+    is_quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+    return f"{name}={value[1:-1] if is_quoted else value}"
+
+
+def write_flag(name, value):
+    """The line that `read_flag` reads as this argument."""
+    argument = f"{name}={value}"
+    return argument if read_flag(argument) == argument else f'{name}="{value}"'
+
+
+def read_flags(file):
+    """The arguments in a file of flags, one a line; empty lines and those that begin with # are none."""
+    remedy = "write --flag=value, and each flag on a line of its own"
+    with failing_as(f"@{file}", f"give a text file in UTF-8; {remedy}", file):
+        lines = read_text(Path(file)).splitlines()
+    arguments = []
+    # The lines themselves are not shown, as one may hold a secret.
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        with failing_as(f"@{file}, line {number}", remedy):
+            argument = read_flag(line)
+            if any(part.partition("=")[0] in FLAG_KINDS for part in argument.split()[1:]):
+                raise ValueError("several flags")
+        arguments.append(argument)
+    return arguments
+
+
+def expand_files(words):
+    """A command line in which the flags in a file take the place of each @FILE."""
+    expanded = []
+    before = ""
+    for word in words:
+        # In --instance_prompt @me the second word is a value.
+        is_value = FLAG_KINDS.get(before, boolean) is not boolean
+        if word.startswith("@") and not is_value:
+            expanded += read_flags(os.path.expanduser(word[1:]))
+        else:
+            expanded.append(word)
+        before = word
+    return expanded
+
+
 def modifier_tokens(args):
     """New words of --modifier_token, in order; an empty list for none."""
     return args.modifier_token.split("+") if args.modifier_token else []
@@ -376,6 +439,7 @@ def parse_args(input_args=None):
     """Reads the command line, or the strings `input_args`, into a checked `argparse.Namespace`."""
     parser = ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.usage = "accelerate launch train_custom_diffusion.py --pretrained_model_name_or_path MODEL [other flags]"
+    parser.epilog = "@FILE stands for the flags in a file, one --flag=value a line, as runs leave it in their flags.txt"
     for title, rows in FLAGS.items():
         group = parser.add_argument_group(title)
         for name, kind, default, text in rows:
@@ -387,7 +451,9 @@ def parse_args(input_args=None):
             shown = text if default is None else f"{text} (default: %(default)s)"
             required = name == "--pretrained_model_name_or_path"
             group.add_argument(name, default=default, help=shown, required=required, **options)
-    args = parser.parse_args(input_args)
+    args = parser.parse_args(expand_files(sys.argv[1:] if input_args is None else input_args))
+    if args.validation_prompt:
+        args.validation_prompt = list(dict.fromkeys(args.validation_prompt))
     needed = [] if args.concepts_list else ["instance_data_dir", "instance_prompt"]
     if args.with_prior_preservation and not args.concepts_list:
         needed += ["class_data_dir", "class_prompt"]
@@ -2264,7 +2330,7 @@ class Checkpoints:
         self.run = 1 + max((run for run, _ in self.saved().values()), default=0)
 
     def claim_folder(self):
-        """Locks the output folder and rehearses the end there: saves, and lets diffusers load the weights.
+        """Makes and locks the output folder, and rehearses the end there: saves, and lets diffusers load the weights.
 
         A word that is no file name, a full disk or a loader that installs nothing shows before the
         training this way.
@@ -2274,6 +2340,7 @@ class Checkpoints:
         folder = self.result.folder
         unet = self.pipeline.unet
         subject = f"--output_dir {folder}"
+        folder.mkdir(parents=True, exist_ok=True)
         try:
             self.lock = lock(folder / ".lock")
         except BlockingIOError:
@@ -2411,8 +2478,33 @@ class Checkpoints:
 # ---------- Trackers and validation -----------------------------------------------------------------------------
 
 
+def write_flags(output_dir, config):
+    """Writes flags.txt, which repeats the run when it is given as @FILE; `config` has flags and versions by name."""
+    file = Path(output_dir, "flags.txt")
+    digest = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+    made_with = [f"{Path(__file__).name} {digest}", f"Python {sys.version.split()[0]}"]
+    for library in ("torch", "diffusers", "transformers", "accelerate"):
+        made_with.append(f"{library} {config[f'{library}_version']}")
+    lines = [
+        f"# To repeat this run: accelerate launch {Path(__file__).name} {shlex.quote(f'@{file}')}",
+        f"# Started in {config['num_processes']} process(es) with {', '.join(made_with)}",
+    ]
+    for title, rows in FLAGS.items():
+        lines += ["", f"# {title}"]
+        for name, *_ in rows:
+            value = config[name[2:]]
+            if name in NOT_REPEATED or value is None:
+                continue
+            # Of several prompts, each has a line.
+            values = value if isinstance(value, list) else [value]
+            lines += [write_flag(name, each) for each in values]
+    with writing(file) as stream:
+        # A path need not be UTF-8.
+        stream.write("".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape"))
+
+
 def start_reporting(args, accelerator, step, wandb_id):
-    """Makes the hub's repository, whose id it returns, output_dir, and trackers with the settings.
+    """Makes the hub's repository, whose id it returns, flags.txt, and trackers with the settings.
 
     The trackers go on where the run was at this step.
     """
@@ -2421,8 +2513,6 @@ def start_reporting(args, accelerator, step, wandb_id):
         name = args.hub_model_id or Path(args.output_dir).resolve().name
         with failing_as(f"--push_to_hub {name}", "check the network, `hf auth login` and --hub_model_id"):
             repository = create_repo(name, exist_ok=True, token=args.hub_token).repo_id
-    if accelerator.is_main_process:
-        os.makedirs(args.output_dir, exist_ok=True)
     config = vars(args) | {
         "base": None,
         "hub_token": None,
@@ -2431,6 +2521,10 @@ def start_reporting(args, accelerator, step, wandb_id):
     }
     for library in (accelerate, diffusers, torch, transformers):
         config[f"{library.__name__}_version"] = str(library.__version__)
+    if accelerator.is_main_process:
+        write_flags(args.output_dir, config)
+    if args.validation_prompt:
+        config["validation_prompt"] = "\n".join(args.validation_prompt)  # trackers take no list
     config = {key: value for key, value in config.items() if value is not None}
     with failing_as(f"--report_to {args.report_to}", "log in, set WANDB_MODE=offline for wandb, or change the flag"):
         # What was logged after the checkpoint, or by an earlier run in the folder, is not shown again.
@@ -2565,6 +2659,7 @@ def draw_table(rows, headings):
 
     def write(text, left, top):
         left += height // 4
+        text = text[:width]  # no letter is narrower than a pixel
         shown = text
         # A prompt that is too long for the line is cut.
         while text and left + font.getlength(shown) > width:

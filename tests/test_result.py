@@ -4,6 +4,7 @@ The run proves that its files load. Other parts of diffusers take the weights, t
 made from pictures, for inpainting, offloaded and compiled.
 """
 
+import argparse
 import copy
 import importlib.util
 import json
@@ -164,6 +165,29 @@ def test_sheets_that_compare_steps(trained):
         assert np.array_equal(pictures, rows), name
         columns = np.split(sheet[:LABEL], len(sheet[0]) // (2 * SIDE if name == "before_after" else SIDE), 1)
         assert all(map(is_text, [*columns, *prompts])), name
+
+
+def test_sheets_of_other_prompts(tmp_path):
+    """An earlier run may have left them in the folder: they are not taken for this run's."""
+    import train_custom_diffusion as trainer
+
+    values = {"output_dir": tmp_path, "validation_prompt": ["a <new1> cat", "a dog"], "modifier_token": "<new1>"}
+    args = argparse.Namespace(**values, num_validation_images=2, resolution=SIDE)
+    colors = {"a <new1> cat": ["red", "blue"], "a cat": ["green", "white"], "a dog": ["black", "gray"]}
+    rows = {prompt: [Image.new("RGB", (SIDE, SIDE), name) for name in names] for prompt, names in colors.items()}
+    trainer.write_sheet(args, rows, 3)
+    found = trainer.read_sheet(args, 3)
+    for prompt, images in rows.items():
+        assert [image.tobytes() for image in found.pop(prompt)] == [image.tobytes() for image in images]
+    assert found == {}
+    assert trainer.read_sheet(args, 4) is None
+    for name, value in {
+        "validation_prompt": ["a <new1> cat", "a fox"],
+        "num_validation_images": 1,
+        "resolution": 128,
+        "modifier_token": "<new2>",
+    }.items():
+        assert trainer.read_sheet(argparse.Namespace(**vars(args) | {name: value}), 3) is None, name
 
 
 def test_first_validation_shows_the_base_model(trained, sd1):

@@ -41,6 +41,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from wandb.proto.wandb_internal_pb2 import Record
 
+from train_custom_diffusion import parse_args
+
 # Trackers, read back from what the real ones write without a network
 
 
@@ -165,7 +167,11 @@ def test_trackers_of_a_resumed_run(one_concept, tmp_path):
     if not COMET_OFFLINE:
         values["report_to"] = "tensorboard"
     fork(folder, max_train_steps=3, **values)
-    fork(folder, max_train_steps=5, resume_from_checkpoint="latest", **values)
+    words = [f"@{folder / 'flags.txt'}"]  # which it writes anew
+    values = {name: values[name] for name in ("env", "report_to")}
+    fork(folder, before=words, max_train_steps=5, resume_from_checkpoint="latest", **values)
+    written = (folder / "flags.txt").read_text()
+    assert "\n--max_train_steps=5\n" in written and "resume" not in written
     assert scalars_of(folder) == [[1, 2, 3, 4, 5]] * 2
     if COMET_OFFLINE:
         names = {
@@ -203,14 +209,20 @@ def test_no_tracker_is_told_a_secret(tracked):
             assert [name for name, content in contents.items() if secret.encode() in content] == []
 
 
-def test_logged_configuration_repeats_the_run(tracked, config, tmp_path):
-    """As flags it gives the same bits again. Without a tracker there is nothing of one."""
+def test_flags_repeat_the_run(tracked, config, tmp_path):
+    """flags.txt gives the same bits and says what the trackers say. Without a tracker there is nothing of one."""
     assert config["mixed_precision"] == "bf16" and "hub_token" not in config and None not in config.values()
     values = {name: value for name, value in config.items() if name not in NO_FLAGS}
     assert len(values) == len(config) - len(NO_FLAGS)
-    values |= {"output_dir": tmp_path / "run", "report_to": "none"}
+    repeated = vars(parse_args([f"@{tracked}/flags.txt"]))
+    assert repeated.pop("validation_prompt") == [values.pop("validation_prompt")]
+    assert {name: value for name, value in repeated.items() if value is not None} == values
+    written = (tracked / "flags.txt").read_text()
+    for name in ("accelerate", "diffusers", "torch", "transformers"):
+        assert f"{name} {config[f'{name}_version']}" in written
     # in a working folder where trackers might leave something, too
-    fork(tmp_path / "run", processes=config["num_processes"], cwd=tmp_path, **values)
+    words = {"before": [f"@{tracked}/flags.txt"], "report_to": "none", "cwd": tmp_path}
+    fork(tmp_path / "run", processes=config["num_processes"], **words)
     assert same_bits(load_trained(tmp_path / "run"), load_trained(tracked))
     assert {path.name for path in tmp_path.iterdir()} == {"run", "run.log0", "run.log1"}
     left = {path.name for path in tracked.iterdir()} - {path.name for path in (tmp_path / "run").iterdir()}
