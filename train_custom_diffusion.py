@@ -2503,8 +2503,8 @@ def write_flags(output_dir, config):
         stream.write("".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape"))
 
 
-def start_reporting(args, accelerator, step, wandb_id):
-    """Makes the hub's repository, whose id it returns, flags.txt, and trackers with the settings.
+def start_reporting(args, accelerator, step, checkpoints):
+    """Makes the hub's repository, whose id it returns, the output folder with flags.txt, and the trackers.
 
     The trackers go on where the run was at this step.
     """
@@ -2513,6 +2513,8 @@ def start_reporting(args, accelerator, step, wandb_id):
         name = args.hub_model_id or Path(args.output_dir).resolve().name
         with failing_as(f"--push_to_hub {name}", "check the network, `hf auth login` and --hub_model_id"):
             repository = create_repo(name, exist_ok=True, token=args.hub_token).repo_id
+    # Nothing is written before the folder is this run's.
+    checkpoints.claim_folder()
     config = vars(args) | {
         "base": None,
         "hub_token": None,
@@ -2530,8 +2532,8 @@ def start_reporting(args, accelerator, step, wandb_id):
         # What was logged after the checkpoint, or by an earlier run in the folder, is not shown again.
         first_step = step + 1 if step else 0
         options = {"wandb": {"dir": args.output_dir}, "tensorboard": {"purge_step": first_step}}
-        if wandb_id:
-            options["wandb"] |= {"id": wandb_id, "resume": "allow"}
+        if checkpoints.wandb_id:
+            options["wandb"] |= {"id": checkpoints.wandb_id, "resume": "allow"}
         accelerator.init_trackers("custom-diffusion", config, init_kwargs=options)
     return repository
 
@@ -3031,8 +3033,7 @@ def train(args):
     dataloader = build_dataloader(args, accelerator, dataset, args.train_batch_size, draws)
     model, optimizer, dataloader = accelerator.prepare(model, optimizer, dataloader)
     check_first_batch(args, accelerator, model, pipeline, noise_scheduler, dataset, trained)
-    checkpoints.claim_folder()
-    repository = start_reporting(args, accelerator, step, checkpoints.wandb_id)
+    repository = start_reporting(args, accelerator, step, checkpoints)
     print_summary(accelerator, args, result, concepts, pipeline, trained, max_train_steps, initializer_ids[0])
 
     # Train: one optimizer step per gradient_accumulation_steps micro-batches

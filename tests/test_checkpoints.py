@@ -750,11 +750,11 @@ def test_second_run_in_a_folder_is_told(six_steps, tmp_path):
     (child,) = start(folder, observer=hang_in_a_step, **six_steps)
     wait_until(lambda: "0/6" in (tmp_path / "run.log").read_text())
     (tmp_path / "run.log0").touch()
-    (second,) = start(folder, env={"RANK": "0"}, **six_steps)
+    (second,) = start(folder, env={"RANK": "0"}, **six_steps | {"seed": 7})
     second.join(300)
     line = (tmp_path / "run.log0").read_text().splitlines()[-1]
     assert second.exitcode == 1 and line.startswith(f"error: --output_dir {folder}: ") and "another run" in line
-    assert child.is_alive()
+    assert child.is_alive() and "--seed=42\n" in (folder / "flags.txt").read_text()
     child.kill()
     child.join()
     fork(folder, **six_steps)
