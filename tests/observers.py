@@ -353,7 +353,7 @@ def random_text_encoder(folder, rank):
 
 
 def no_memory_for_pictures(folder, rank):
-    """Raises the error of a full GPU when the pictures of the first step are drawn, after the first network has run."""
+    """Raises the error of a full GPU at the last picture of the first step, the fourth of a run with one prompt."""
     import train_custom_diffusion as trainer
 
     decode = trainer.decode
@@ -361,7 +361,7 @@ def no_memory_for_pictures(folder, rank):
 
     def fail(*args):
         calls.append(args)
-        if len(calls) == 2:
+        if len(calls) == 4:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GB")
         return decode(*args)
 
