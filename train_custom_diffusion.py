@@ -183,6 +183,25 @@ def writing(file):
         unfinished.unlink(missing_ok=True)  # it would fill a full disk
 
 
+def read_text(file):
+    """The text of a file in UTF-8 or, if it begins with the mark of it, UTF-16."""
+    content = file.read_bytes()
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if is_utf16 else "utf-8-sig")
+
+
+def read_prompts(file, words=()):
+    """The lines of a text file, without empty ones, comments, and those in which one of the words stands."""
+    with failing_as(file, "give a text file with one prompt a line", file):
+        lines = [line.strip() for line in read_text(file).splitlines()]
+        lines = [line for line in lines if line and not line.startswith("#")]
+        prompts = [line for line in lines if not any(word in line for word in words)]
+        if not prompts:
+            which = f" without {' and '.join(words)}" if lines else ""
+            raise ValueError(f"no prompt in it{which}")
+    return prompts
+
+
 # ---------- Arguments -------------------------------------------------------------------------------------------
 
 
@@ -217,14 +236,29 @@ def path(value):
     """argparse type: a path, or a name on the hub; not empty, as a shell's unset variable is."""
     if not value:
         raise argparse.ArgumentTypeError("is empty; give a value, or leave the flag out")
+    if value.splitlines() != [value]:
+        raise argparse.ArgumentTypeError(f"{value!r} has a line break in it; leave that out")
     return os.path.expanduser(value)  # bash leaves the ~ of --flag=~/folder alone
 
 
 def string(value):
-    """argparse type: text in Unicode's normal form C, and not empty either."""
+    """argparse type: text in Unicode's normal form C, in one line, and not empty either."""
+    value = " ".join(value.splitlines())
     path(value)
     value.encode()  # ValueError for what is no UTF-8
     return normal_form(value)
+
+
+def prompt_list(value):
+    """argparse type: a prompt, or those of a .txt file with one a line; a list."""
+    lines = [value]
+    if value.lower().endswith(".txt"):
+        lines = read_prompts(Path(path(value)))
+        # kohya's trainer has options behind its prompts.
+        options = re.findall(r"\s--\w+", " ".join(lines))
+        if options:
+            raise argparse.ArgumentTypeError(f"{value}:{options[0]} means nothing in it; leave such options out")
+    return [" ".join(string(line).split()) for line in lines]
 
 
 normal_form = functools.partial(unicodedata.normalize, "NFC")
@@ -308,8 +342,10 @@ FLAGS = {  # by group: flag, type or choices, default, help
         ("--logging_dir", path, "logs", "tensorboard's folder, inside output_dir"),
         ("--report_to", TRACKERS, "tensorboard", "tracker of loss and validation pictures"),
         ("--no_safe_serialization", boolean, False, "write only .bin files, no .safetensors"),
-        ("--validation_prompt", string, None, 'prompt of the validation pictures: "<new1> cat sitting in a bucket"'),
-        ("--num_validation_images", positive, 2, "pictures per validation"),
+        ("--validation_prompt", prompt_list, None,
+         'prompt of the validation pictures, "<new1> cat sitting in a bucket", or a .txt file with one a line; may be '
+         "given several times. Each is drawn without its new word as well"),
+        ("--num_validation_images", positive, 2, "pictures per prompt and validation"),
         ("--validation_steps", positive, 50, "optimizer steps between validations"),
     ],
     "checkpoints": [
@@ -324,6 +360,66 @@ FLAGS = {  # by group: flag, type or choices, default, help
     ],
 }
 # fmt: on
+
+
+FLAG_KINDS = {name: kind for rows in FLAGS.values() for name, kind, *_ in rows}
+# What stands on a line of a file of flags: --flag, --flag=value or --flag value
+FLAG_LINE = re.compile(r"(--[\w-]+)(?:(?:\s*=\s*|\s+)(.*))?")
+# These belong to one start of a run, and the first one is a secret.
+NOT_REPEATED = ("--hub_token", "--resume_from_checkpoint", "--local_rank")
+
+
+def read_flag(line):
+    """The argument on a line of a file of flags; ValueError if there is none."""
+    # A line that is copied from a shell script may end so, and may have quotes around its value.
+    line = line.strip().removesuffix(" \\").rstrip()
+    match = FLAG_LINE.fullmatch(line)
+    if not match:
+        raise ValueError("no flag")
+    name, value = match.groups()
+    if value is None:
+        return name
+    is_quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+    return f"{name}={value[1:-1] if is_quoted else value}"
+
+
+def write_flag(name, value):
+    """The line that `read_flag` reads as this argument."""
+    argument = f"{name}={value}"
+    return argument if read_flag(argument) == argument else f'{name}="{value}"'
+
+
+def read_flags(file):
+    """The arguments in a file of flags, one a line; empty lines and those that begin with # are none."""
+    remedy = "write --flag=value, and each flag on a line of its own"
+    with failing_as(f"@{file}", f"give a text file in UTF-8; {remedy}", file):
+        lines = read_text(Path(file)).splitlines()
+    arguments = []
+    # The lines themselves are not shown, as one may hold a secret.
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        with failing_as(f"@{file}, line {number}", remedy):
+            argument = read_flag(line)
+            if any(part.partition("=")[0] in FLAG_KINDS for part in argument.split()[1:]):
+                raise ValueError("several flags")
+        arguments.append(argument)
+    return arguments
+
+
+def expand_files(words):
+    """A command line in which the flags in a file take the place of each @FILE."""
+    expanded = []
+    before = ""
+    for word in words:
+        # In --instance_prompt @me the second word is a value.
+        is_value = FLAG_KINDS.get(before, boolean) is not boolean
+        if word.startswith("@") and not is_value:
+            expanded += read_flags(os.path.expanduser(word[1:]))
+        else:
+            expanded.append(word)
+        before = word
+    return expanded
 
 
 def modifier_tokens(args):
@@ -348,16 +444,21 @@ def parse_args(input_args=None):
     """Reads the command line, or the strings `input_args`, into a checked `argparse.Namespace`."""
     parser = ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.usage = "accelerate launch train_custom_diffusion.py --pretrained_model_name_or_path MODEL [other flags]"
+    parser.epilog = "@FILE stands for the flags in a file, one --flag=value a line, as runs leave it in their flags.txt"
     for title, rows in FLAGS.items():
         group = parser.add_argument_group(title)
         for name, kind, default, text in rows:
             options = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
             if kind is boolean:  # works bare as well
                 options |= {"nargs": "?", "const": True}
+            if kind is prompt_list:  # of several times, all count
+                options["action"] = "extend"
             shown = text if default is None else f"{text} (default: %(default)s)"
             required = name == "--pretrained_model_name_or_path"
             group.add_argument(name, default=default, help=shown, required=required, **options)
-    args = parser.parse_args(input_args)
+    args = parser.parse_args(expand_files(sys.argv[1:] if input_args is None else input_args))
+    if args.validation_prompt:
+        args.validation_prompt = list(dict.fromkeys(args.validation_prompt))
     needed = [] if args.concepts_list else ["instance_data_dir", "instance_prompt"]
     if args.with_prior_preservation and not args.concepts_list:
         needed += ["class_data_dir", "class_prompt"]
@@ -452,7 +553,6 @@ with slow_imports():
     from diffusers.loaders import single_file_utils
     from diffusers.models import attention_processor
     from diffusers.optimization import get_scheduler
-    from diffusers.utils import make_image_grid
     from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
     from packaging import version
     from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
@@ -568,13 +668,6 @@ def is_picture(file):
     kind = Image.registered_extensions().get(file.suffix.lower())
     is_file = file.is_file() or not file.exists()  # a link to nothing is refused later; a pipe would wait for ever
     return kind in Image.OPEN and file.name[0] != "." and is_file
-
-
-def read_text(file):
-    """The text of a file in UTF-8 or, if it begins with the mark of it, UTF-16."""
-    content = file.read_bytes()
-    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    return content.decode("utf-16" if is_utf16 else "utf-8-sig")
 
 
 def read_lists(folder):
@@ -1438,12 +1531,14 @@ def add_words(tokenizer, args):
     return tokenizer.convert_tokens_to_ids(words), initializer_ids
 
 
-def check_prompts(tokenizer, concepts, words, is_prefixed):
+def check_prompts(args, tokenizer, concepts):
     """Fails if a prompt lacks a word, or if a word would be found elsewhere after the training.
 
-    Says how many prompts are longer than what the model reads.
+    Says how many prompts are longer than what the model reads. A validation prompt needs no word.
     """
-    sources = {concept.instance_prompt: "instance_prompt" for concept in concepts}
+    words = modifier_tokens(args)
+    sources = dict.fromkeys(args.validation_prompt or [], "--validation_prompt")
+    sources |= {concept.instance_prompt: "instance_prompt" for concept in concepts}
     unused = set(words)
     for concept in concepts:
         for file, caption in concept.instance_samples:
@@ -1453,12 +1548,13 @@ def check_prompts(tokenizer, concepts, words, is_prefixed):
     too_long = 0
     limit = tokenizer.model_max_length
     for prompt, source in sources.items():
-        longest = FAR_PREFIXES[0] + prompt if is_prefixed else prompt
+        is_drawn = source == "--validation_prompt"
+        longest = prompt if args.noaug or is_drawn else FAR_PREFIXES[0] + prompt
         # The tokenizer is not told to cut, so that a word beyond the limit is seen here.
         tokens = tokenizer.convert_ids_to_tokens(tokenizer(longest).input_ids)
         found = set(words) & set(tokens)
         shown = f"{source} {textwrap.shorten(prompt, 80)!r}"
-        if words and not found:
+        if words and not found and not is_drawn:
             without.append(shown)
         if not found <= set(tokens[: limit - 1]):  # the last one is the end of the text
             cut_off.append(shown)
@@ -1477,7 +1573,7 @@ def check_prompts(tokenizer, concepts, words, is_prefixed):
         captions = {concept.class_prompt or "", *dict(concept.class_samples).values()}
         too_long += sum(len(tokenizer(caption).input_ids) > limit for caption in captions)
     if too_long:
-        say(f"{too_long} captions are cut to the {limit} tokens that the model reads")
+        say(f"{too_long} prompts and captions are cut to the {limit} tokens that the model reads")
     for word in words:
         if word in unused:
             fail(f"--modifier_token {word!r}", "in no instance prompt, so it would learn nothing; use or drop it")
@@ -1561,17 +1657,6 @@ def build_models(args, accelerator, pipeline, word_ids, initializer_ids):
 # ---------- Kept apart from the rest of the model ---------------------------------------------------------------
 
 
-def read_captions(file, words=()):
-    """The lines of a text file, without empty ones and those in which one of the words stands."""
-    with failing_as(file, "give a text file with one caption a line", file):
-        lines = [line.strip() for line in read_text(file).splitlines()]
-        captions = [line for line in lines if line and not any(word in line for word in words)]
-        if not captions:
-            which = f" without {' and '.join(words)}" if any(lines) else ""
-            raise ValueError(f"no caption in it{which}")
-    return captions
-
-
 @torch.no_grad()
 def gram(model, tokenizers, prompts):
     """Mean of f f^T over the text features f of prompts: (dim, dim), float64, on the CPU.
@@ -1612,7 +1697,7 @@ def invert_others(args, model, tokenizers, concepts, templates, starts):
     (dim, dim) is the mean over these.
     """
     words = modifier_tokens(args)
-    others = gram(model, tokenizers, read_captions(Path(args.captions or CAPTIONS), words))
+    others = gram(model, tokenizers, read_prompts(Path(args.captions or CAPTIONS), words))
     others += RIDGE * others.trace() / len(others) * torch.eye(len(others)).double()
     for name in class_names(concepts, words):
         prompts = [template.format(name) for template in templates]
@@ -1636,7 +1721,7 @@ def keep_apart(args, optimizer, model, tokenizers, concepts):
     if not args.keep_apart:
         return
     device = model.unet.device
-    templates = read_captions(TEMPLATES)
+    templates = read_prompts(TEMPLATES)
     # What follows a word does not change its features.
     openings = [template.partition("{}")[0] for template in templates]
     openings = list(dict.fromkeys(openings))
@@ -2198,7 +2283,10 @@ def merge_command(result, args):
 
 
 def upload(result, args, concepts, pictures, repository):
-    """Writes the model card and uploads the result: exactly the files that make it up, by name."""
+    """Writes the model card and uploads the result: exactly the files that make it up, by name.
+
+    `pictures` has the names of files by their prompt.
+    """
     base = args.pretrained_model_name_or_path
     prompts = [concept.instance_prompt for concept in concepts]
     family = "stable-diffusion-xl" if result.is_xl else "stable-diffusion"
@@ -2209,14 +2297,19 @@ def upload(result, args, concepts, pictures, repository):
         if is_one_file(args):
             raise ValueError("one file has no card")
         license_name = ModelCard.load(own_card if own_card.is_file() else base).data.license
+    shown = ""
+    widget = []
+    for prompt, names in pictures.items():
+        images = " ".join(f"![](./{name})" for name in names)
+        shown += f"`{prompt}`:\n\n{images}\n\n"
+        widget += [{"text": prompt, "output": {"url": name}} for name in names]
     metadata = ModelCardData(
         license=license_name,
         base_model=None if Path(base).exists() else base,  # the hub refuses what is not on it
         instance_prompt=", ".join(prompts),
         tags=["text-to-image", "diffusers", family, "custom-diffusion"],
-        widget=[{"text": args.validation_prompt, "output": {"url": picture}} for picture in pictures] or None,
+        widget=widget or None,
     )
-    shown = f"`{args.validation_prompt}`:\n\n" + " ".join(f"![](./{picture})" for picture in pictures)
     card = f"""---
 {metadata.to_yaml()}
 ---
@@ -2226,17 +2319,18 @@ def upload(result, args, concepts, pictures, repository):
 Custom Diffusion weights for `{base}`, trained on pictures of {", ".join(f"`{prompt}`" for prompt in prompts)}.
 
 ```python
-{result.lines(args, args.validation_prompt or prompts[0], repository)}
+{result.lines(args, (args.validation_prompt or prompts)[0], repository)}
 ```
 
-{shown if pictures else ""}
+{shown}
 """
     (result.folder / "README.md").write_text(card, encoding="utf-8")
     # Upload by name, as a folder can hold anything besides.
-    sheets = ["before_after.png", "steps.png"] if pictures else []
+    drawn = [picture["output"]["url"] for picture in widget]
+    sheets = ["before_after.png", "steps.png"] if drawn else []
     # The hub's patterns are those of file names, in which brackets and stars of a word mean something else.
     files = [f"{stem}.{ending}" for stem in (WEIGHTS_NAME, *result.words.values()) for ending in result.endings]
-    names = [glob.escape(name) for name in (*files, "README.md", *pictures, *sheets)]
+    names = [glob.escape(name) for name in (*files, "README.md", *drawn, *sheets)]
     folder = str(result.folder)
     call = f"upload_folder(repo_id={repository!r}, folder_path={folder!r}, allow_patterns={names})"
     later = shlex.join(["python", "-c", f"from huggingface_hub import upload_folder; {call}"])
@@ -2291,7 +2385,7 @@ class Checkpoints:
         self.run = 1 + max((run for run, _ in self.saved().values()), default=0)
 
     def claim_folder(self):
-        """Locks the output folder and rehearses the end there: saves, and lets diffusers load the weights.
+        """Makes and locks the output folder, and rehearses the end there: saves, and lets diffusers load the weights.
 
         A word that is no file name, a full disk or a loader that installs nothing shows before the
         training this way.
@@ -2301,6 +2395,7 @@ class Checkpoints:
         folder = self.result.folder
         unet = self.pipeline.unet
         subject = f"--output_dir {folder}"
+        folder.mkdir(parents=True, exist_ok=True)
         try:
             self.lock = lock(folder / ".lock")
         except BlockingIOError:
@@ -2440,8 +2535,33 @@ class Checkpoints:
 # ---------- Trackers and validation -----------------------------------------------------------------------------
 
 
-def start_reporting(args, accelerator, step, wandb_id):
-    """Makes the hub's repository, whose id it returns, output_dir, and trackers with the settings.
+def write_flags(output_dir, config):
+    """Writes flags.txt, which repeats the run when it is given as @FILE; `config` has flags and versions by name."""
+    file = Path(output_dir, "flags.txt")
+    digest = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+    made_with = [f"{Path(__file__).name} {digest}", f"Python {sys.version.split()[0]}"]
+    for library in ("torch", "diffusers", "transformers", "accelerate"):
+        made_with.append(f"{library} {config[f'{library}_version']}")
+    lines = [
+        f"# To repeat this run: accelerate launch {Path(__file__).name} {shlex.quote(f'@{file}')}",
+        f"# Started in {config['num_processes']} process(es) with {', '.join(made_with)}",
+    ]
+    for title, rows in FLAGS.items():
+        lines += ["", f"# {title}"]
+        for name, *_ in rows:
+            value = config[name[2:]]
+            if name in NOT_REPEATED or value is None:
+                continue
+            # Of several prompts, each has a line.
+            values = value if isinstance(value, list) else [value]
+            lines += [write_flag(name, each) for each in values]
+    with writing(file) as stream:
+        # A path need not be UTF-8.
+        stream.write("".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape"))
+
+
+def start_reporting(args, accelerator, step, checkpoints):
+    """Makes the hub's repository, whose id it returns, the output folder with flags.txt, and the trackers.
 
     The trackers go on where the run was at this step.
     """
@@ -2450,8 +2570,8 @@ def start_reporting(args, accelerator, step, wandb_id):
         name = args.hub_model_id or Path(args.output_dir).resolve().name
         with failing_as(f"--push_to_hub {name}", "check the network, `hf auth login` and --hub_model_id"):
             repository = create_repo(name, exist_ok=True, token=args.hub_token).repo_id
-    if accelerator.is_main_process:
-        os.makedirs(args.output_dir, exist_ok=True)
+    # Nothing is written before the folder is this run's.
+    checkpoints.claim_folder()
     config = vars(args) | {
         "base": None,
         "hub_token": None,
@@ -2460,13 +2580,17 @@ def start_reporting(args, accelerator, step, wandb_id):
     }
     for library in (accelerate, diffusers, torch, transformers):
         config[f"{library.__name__}_version"] = str(library.__version__)
+    if accelerator.is_main_process:
+        write_flags(args.output_dir, config)
+    if args.validation_prompt:
+        config["validation_prompt"] = "\n".join(args.validation_prompt)  # trackers take no list
     config = {key: value for key, value in config.items() if value is not None}
     with failing_as(f"--report_to {args.report_to}", "log in, set WANDB_MODE=offline for wandb, or change the flag"):
         # What was logged after the checkpoint, or by an earlier run in the folder, is not shown again.
         first_step = step + 1 if step else 0
         options = {"wandb": {"dir": args.output_dir}, "tensorboard": {"purge_step": first_step}}
-        if wandb_id:
-            options["wandb"] |= {"id": wandb_id, "resume": "allow"}
+        if checkpoints.wandb_id:
+            options["wandb"] |= {"id": checkpoints.wandb_id, "resume": "allow"}
         accelerator.init_trackers("custom-diffusion", config, init_kwargs=options)
     return repository
 
@@ -2491,6 +2615,17 @@ def count_memory(accelerator, args, pipeline, trained):
     # A gradient, AdamW's two means, and for --keep_apart keys and values as they were, and unfiltered
     each = 4 + (2 if args.use_8bit_adam else 8) + (8 if args.keep_apart else 0)
     return weights + each * sum(parameter.numel() for parameter in trained)
+
+
+def drawn_prompts(args):
+    """What a validation draws: each --validation_prompt and, after it, what is left without its new words."""
+    prompts = []
+    for prompt in args.validation_prompt or []:
+        plain = prompt
+        for word in sorted(modifier_tokens(args), key=len, reverse=True):
+            plain = plain.replace(word, " ")
+        prompts += [prompt, " ".join(plain.split())]
+    return [prompt for prompt in dict.fromkeys(prompts) if prompt]
 
 
 def print_summary(accelerator, args, result, concepts, pipeline, trained, max_train_steps, initializer_ids):
@@ -2527,6 +2662,10 @@ def print_summary(accelerator, args, result, concepts, pipeline, trained, max_tr
         needed += f" of {properties.total_memory / 1e6:,.0f}"
     left_out = "activations, the drawing of pictures and, beside a GPU, the computer's own memory"
     lines.append(f"Memory: {needed} for weights, gradients and optimizer; not counted: {left_out}")
+    if args.validation_prompt:
+        shown = ", ".join(repr(prompt) for prompt in drawn_prompts(args))
+        shown = textwrap.shorten(shown, 300, placeholder=" ...")
+        lines.append(f"Pictures every {args.validation_steps} steps, {args.num_validation_images} each: {shown}")
     if args.lr_scheduler != "constant" and args.lr_warmup_steps >= max_train_steps:
         lines.append(f"The learning rate warms up for {args.lr_warmup_steps} steps, longer than the run")
     if result.is_xl and args.resolution < 1024:
@@ -2553,28 +2692,83 @@ def sheet_name(step):
     return f"validation/step-{step:06d}.png"
 
 
-def label_height(resolution):
-    """Height in pixels of the line of text above the pictures of a step."""
-    return max(16, resolution // 12)
+def step_label(step):
+    """What stands above the pictures of a step."""
+    return f"step {step}" if step else "before"
 
 
-def draw_sheet(images, label):
-    """The pictures of a step, up to four in a row, with a line of text above."""
-    columns = min(4, len(images))
-    rows = math.ceil(len(images) / columns)
-    blanks = [Image.new("RGB", images[0].size, "white")] * (rows * columns - len(images))
-    grid = make_image_grid([*images, *blanks], rows, columns)
-    height = label_height(images[0].height)
-    sheet = ImageOps.expand(grid, (0, height, 0, 0), "white")
+def label_height(side):
+    """Height in pixels of a line of text above pictures of this side."""
+    return max(16, side // 12)
+
+
+def corner(row, column, side):
+    """Left and top of a picture in a table."""
+    height = label_height(side)
+    return column * side, 2 * height + row * (height + side)
+
+
+def draw_table(rows, headings):
+    """{prompt: pictures} as rows below their prompts, with the headings above equal shares of the columns."""
+    first_row = next(iter(rows.values()))
+    side = first_row[0].width
+    height = label_height(side)
+    width, bottom = corner(len(rows), len(first_row), side)
+    table = Image.new("RGB", (width, bottom - height), "white")
     font = ImageFont.load_default(0.7 * height)
-    ImageDraw.Draw(sheet).text((height // 4, height // 2), label, "black", font, anchor="lm")
-    return sheet
+    draw = ImageDraw.Draw(table)
+
+    def write(text, left, top):
+        left += height // 4
+        text = text[:width]  # no letter is narrower than a pixel
+        shown = text
+        # A prompt that is too long for the line is cut.
+        while text and left + font.getlength(shown) > width:
+            text = text[:-1]
+            shown = f"{text} ..."
+        draw.text((left, top + height // 2), shown, "black", font, anchor="lm")
+
+    for i, heading in enumerate(headings):
+        write(heading, i * width // len(headings), top=0)
+    for row, (prompt, images) in enumerate(rows.items()):
+        left, top = corner(row, 0, side)
+        write(prompt, left, top - height)
+        for column, image in enumerate(images):
+            table.paste(image, corner(row, column, side))
+    return table
 
 
-def validate(args, accelerator, pipeline, step):
-    """Draws --validation_prompt, each time from the same noise, for the output folder and the trackers."""
-    if not (args.validation_prompt and accelerator.is_main_process):
-        return []
+def sheet_content(args):
+    """What a sheet says of itself, by which sheets with the same prompts are known."""
+    return json.dumps([drawn_prompts(args), args.num_validation_images, args.resolution])
+
+
+def write_sheet(args, rows, step):
+    """Writes the pictures of a step, {prompt: pictures}."""
+    content = PngImagePlugin.PngInfo()
+    content.add_text("content", sheet_content(args))
+    with writing(Path(args.output_dir, sheet_name(step))) as stream:
+        draw_table(rows, [step_label(step)]).save(stream, format="PNG", pnginfo=content)
+
+
+def read_sheet(args, step):
+    """Pictures of a step, {prompt: pictures}; None if there are none, or others of an earlier run."""
+    file = Path(args.output_dir, sheet_name(step))
+    side = args.resolution
+    if not file.is_file():
+        return None
+    with Image.open(file) as sheet:
+        if sheet.info.get("content") != sheet_content(args):
+            return None
+        rows = {}
+        for row, prompt in enumerate(drawn_prompts(args)):
+            corners = [corner(row, column, side) for column in range(args.num_validation_images)]
+            rows[prompt] = [sheet.crop((left, top, left + side, top + side)) for left, top in corners]
+    return rows
+
+
+def draw_pictures(args, accelerator, pipeline, prompt):
+    """Pictures of a prompt. Their noise is a function of seed and number, whatever the prompt and the step."""
     settings = {
         "num_inference_steps": 25,
         "generator": torch.Generator(accelerator.device).manual_seed(args.seed),
@@ -2584,26 +2778,40 @@ def validate(args, accelerator, pipeline, step):
         "output_type": "latent",  # the VAE stays in its own precision
     }
     images = []
+    while missing := args.num_validation_images - len(images):
+        count = min(args.sample_batch_size, missing)
+        with accelerator.autocast():
+            latents = pipeline(prompt, num_images_per_prompt=count, **settings).images
+        images += decode(pipeline, latents)
+    return images
+
+
+def validate(args, accelerator, pipeline, step):
+    """Draws what `drawn_prompts` says for the output folder and the trackers; returns {prompt: pictures}."""
+    if not (args.validation_prompt and accelerator.is_main_process):
+        return {}
+    rows = {}
     try:
         pipeline.vae.to(accelerator.device)
-        while missing := args.num_validation_images - len(images):
-            count = min(args.sample_batch_size, missing)
-            with accelerator.autocast():
-                latents = pipeline(args.validation_prompt, num_images_per_prompt=count, **settings).images
-            images += decode(pipeline, latents)
+        # The same noise for all, so that a prompt's pictures do not depend on the others.
+        for prompt in drawn_prompts(args):
+            rows[prompt] = draw_pictures(args, accelerator, pipeline, prompt)
     finally:
         # Also where memory was short, as the next step may need what the VAE takes.
         if args.cache_latents:
             pipeline.vae.to("cpu")
-    sheet = draw_sheet(images, f"step {step}" if step else "before")
-    with writing(Path(args.output_dir, sheet_name(step))) as stream:
-        sheet.save(stream, format="PNG")
+    write_sheet(args, rows, step)
+    # Those of the given prompts go by the name that they always had.
+    shown = {}
+    for prompt, images in rows.items():
+        name = "validation" if prompt in args.validation_prompt else "validation_plain"
+        shown[name] = shown.get(name, []) + images
     with reporting(accelerator):
         for tracker in accelerator.trackers:
             if tracker.name in ("tensorboard", "wandb"):
                 options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({"validation": np.stack(images)}, step, **options)
-    return images
+                tracker.log_images({name: np.stack(images) for name, images in shown.items()}, step, **options)
+    return rows
 
 
 def validate_between_steps(args, accelerator, pipeline, step):
@@ -2613,22 +2821,35 @@ def validate_between_steps(args, accelerator, pipeline, step):
 
 
 def draw_final_pictures(args, accelerator, pipeline, step):
-    """Draws the final pictures and puts them beside those of earlier steps; returns them."""
-    images = validate(args, accelerator, pipeline, step)
+    """Draws the final pictures, and those of earlier steps beside them; returns {prompt: names of files}."""
+    final = validate(args, accelerator, pipeline, step)
     folder = Path(args.output_dir)
-    for i, image in enumerate(images):
-        image.save(folder / f"image_{i}.png")
-    # An earlier run may have drawn others into the same folder.
-    files = [folder / sheet_name(drawn) for drawn in (*range(0, step, args.validation_steps), step)]
-    files = [file for file in files if file.is_file()]
-    if len(files) > 1:
-        chosen = np.linspace(0, len(files) - 1, min(8, len(files))).round().astype(int)
-        sheets = [Image.open(files[i]) for i in chosen]
-        make_image_grid([sheets[0], sheets[-1]], 2, 1).save(folder / "before_after.png")
-        box = (0, 0, args.resolution, args.resolution + label_height(args.resolution))
-        firsts = [sheet.crop(box) for sheet in sheets]
-        make_image_grid(firsts, 1, len(firsts)).save(folder / "steps.png")
-    return images
+    files = {}
+    count = 0
+    for prompt in args.validation_prompt:
+        files[prompt] = []
+        for image in final[prompt]:
+            name = f"image_{count}.png"
+            image.save(folder / name)
+            files[prompt].append(name)
+            count += 1
+    drawn = [*range(0, step, args.validation_steps), step]
+    # An earlier run may have drawn others into the same folder, and a picture may have failed.
+    drawn = [number for number in drawn if read_sheet(args, number)]
+    if len(drawn) > 1:
+        chosen = np.linspace(0, len(drawn) - 1, min(8, len(drawn))).round().astype(int)
+        steps = [drawn[i] for i in chosen]
+        sheets = [read_sheet(args, number) for number in steps]
+        labels = [step_label(number) for number in steps]
+        # Before and after, all pictures of each prompt; of all steps, the first one
+        ends = {}
+        firsts = {}
+        for prompt in final:
+            ends[prompt] = sheets[0][prompt] + sheets[-1][prompt]
+            firsts[prompt] = [sheet[prompt][0] for sheet in sheets]
+        draw_table(ends, [labels[0], labels[-1]]).save(folder / "before_after.png")
+        draw_table(firsts, labels).save(folder / "steps.png")
+    return files
 
 
 # ---------- The machine: devices, signals, and what goes wrong there --------------------------------------------
@@ -2867,7 +3088,7 @@ def finish(args, accelerator, result, pipeline, base_tokenizers, concepts, step,
     The result is there: whatever else fails costs a warning. Files that load as something else end
     the run.
     """
-    images = []
+    pictures = {}
     checked = ""
     with leaving_out("proof that the files load, and final pictures"):
         prove_reload(result, accelerator, pipeline, base_tokenizers, concepts)
@@ -2876,14 +3097,14 @@ def finish(args, accelerator, result, pipeline, base_tokenizers, concepts, step,
     is_spoilt = not (args.with_prior_preservation or args.keep_apart)  # the class has changed as well
     if result.words and args.freeze_model == "crossattn_kv" and is_spoilt:
         print(f"To keep what else the model knows as it was: {merge_command(result, args)}")
-    prompt = args.validation_prompt or concepts[0].instance_prompt
-    lines = result.lines(args, prompt, str(result.folder))
+    prompts = args.validation_prompt or [concepts[0].instance_prompt]
+    lines = result.lines(args, prompts[0], str(result.folder))
     print(f"Saved to {result.folder}{checked}. To use it:\n\n{lines}", flush=True)
     if checked and args.validation_prompt:
         with leaving_out("final pictures"):
-            images = draw_final_pictures(args, accelerator, pipeline, step)
+            pictures = draw_final_pictures(args, accelerator, pipeline, step)
     if repository:
-        upload(result, args, concepts, [f"image_{i}.png" for i in range(len(images))], repository)
+        upload(result, args, concepts, pictures, repository)
 
 
 def train(args):
@@ -2893,7 +3114,7 @@ def train(args):
     concepts = read_concepts(args)
     tokenizers, base_tokenizers = load_tokenizers(args), load_tokenizers(args)  # these never see the words
     word_ids, initializer_ids = zip(*(add_words(tokenizer, args) for tokenizer in tokenizers), strict=True)
-    check_prompts(tokenizers[0], concepts, modifier_tokens(args), is_prefixed=not args.noaug)
+    check_prompts(args, tokenizers[0], concepts)
     generate_class_images(args, accelerator, concepts, base_tokenizers)
 
     # Setup models; the pipeline draws the validation pictures with the networks that are being trained
@@ -2915,8 +3136,7 @@ def train(args):
     dataloader = build_dataloader(args, accelerator, dataset, args.train_batch_size, draws)
     model, optimizer, dataloader = accelerator.prepare(model, optimizer, dataloader)
     check_first_batch(args, accelerator, model, pipeline, noise_scheduler, dataset, trained)
-    repository = start_reporting(args, accelerator, step, checkpoints.wandb_id)
-    checkpoints.claim_folder()
+    repository = start_reporting(args, accelerator, step, checkpoints)
     print_summary(accelerator, args, result, concepts, pipeline, trained, max_train_steps, initializer_ids[0])
 
     # Train: one optimizer step per gradient_accumulation_steps micro-batches

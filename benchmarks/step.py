@@ -373,7 +373,7 @@ class Worker:
     def pictures(self):
         """Peak in bytes while the trainer draws validation pictures between two steps."""
         args, accelerator, pipeline, *_ = self.run
-        args.validation_prompt = "photo"
+        args.validation_prompt = ["photo"]
         self.memory()
         self.script.validate(args, accelerator, pipeline, 1)
         return self.memory()
@@ -382,7 +382,7 @@ class Worker:
         """Seconds and peak in bytes of the run's end: it is saved, proved to load, and draws. No step can follow."""
         result = self.checkpoints.result
         args, accelerator, pipeline, concepts, base_tokenizers = self.run
-        args.validation_prompt = "photo"
+        args.validation_prompt = ["photo"]
         self.memory()
         start = time.perf_counter()
         result.save(pipeline, result.folder, result.endings)

@@ -17,7 +17,7 @@ export HF_HUB_OFFLINE=1
         --keep_apart --captions assets/captions.txt \
         --resolution 128 --train_batch_size 8 --max_train_steps 500 --noaug --hflip \
         --learning_rate 2e-3 --lr_scheduler cosine --lr_warmup_steps 20 \
-        --validation_prompt "photo of a <new1> cat on the grass" --validation_steps 100 --num_validation_images 4 \
+        --validation_prompt "photo of a <new1> cat on the grass" --validation_steps 100 --num_validation_images 2 \
         --output_dir results/quickstart "$@"
 )
 python examples/before_after.py --pretrained_model_name_or_path assets/model \

@@ -198,7 +198,7 @@ def trained(cat_flags, tmp_path_factory):
         launcher="accelerate",
         report_to="tensorboard",
         hub_token=SECRET,
-        validation_prompt="a <new1> cat in a bucket",
+        validation_prompt=["a <new1> cat in a bucket", "a pot"],
         validation_steps=3,
         checkpointing_steps=2,
         checkpoints_total_limit=2,

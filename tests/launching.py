@@ -46,9 +46,12 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and those that nohup starts igno
 
 
 def flags(**values):
-    """Command-line flags from keywords: True is the bare flag, None leaves it out."""
-    given = {name: value for name, value in values.items() if value is not None}
-    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
+    """Command-line flags from keywords: True is the bare flag, None leaves it out, of a list each is given."""
+    words = []
+    for name, value in values.items():
+        each = value if isinstance(value, list) else [value]
+        words += [f"--{name}" if one is True else f"--{name}={one}" for one in each if one is not None]
+    return words
 
 
 def run(*words, **options):
@@ -147,12 +150,13 @@ def free_port():
         return server.getsockname()[1]
 
 
-def start(folder, processes=1, observer=None, env=None, cwd=None, of_rank=None, **values):
+def start(folder, processes=1, observer=None, env=None, cwd=None, of_rank=None, before=(), **values):
     """Starts main in processes forked from one that has imported the trainer; returns them.
 
     Several processes find each other as torchrun's do. What each prints is appended to <folder>.log, or <folder>.log0
     and so on. `observer` is a function of observers.py, which each process calls before main. `env` holds more
-    environment variables (None removes one), `of_rank` the flags in which a process differs from the others.
+    environment variables (None removes one), `of_rank` the flags in which a process differs from the others, `before`
+    what stands before all flags.
     """
     values = {"output_dir": folder} | FAST | values
     context = forkserver()
@@ -163,7 +167,7 @@ def start(folder, processes=1, observer=None, env=None, cwd=None, of_rank=None, 
     children = []
     for rank, place in enumerate(places):
         Path(f"{folder}.log{place.get('RANK', '')}").touch()
-        words = flags(**values | (of_rank or {}).get(rank, {}))
+        words = [*before, *flags(**values | (of_rank or {}).get(rank, {}))]
         child = context.Process(target=main_in_child, args=(words, Path(folder), observer, place | (env or {}), cwd))
         child.start()
         atexit.register(child.kill)  # a test that fails may leave it waiting for ever

@@ -17,6 +17,7 @@ from hub import Hub
 from launching import ROOT, SECRET, free_port, run
 from original import write_original
 from PIL import Image
+from reading import load_trained, same_bits
 from warm import warm_commands
 
 PAGES = {str(file.relative_to(ROOT)): file.read_text("utf-8") for file in sorted((ROOT / "docs").glob("*.md"))}
@@ -46,7 +47,8 @@ SWAPS = {
 }
 # what the bash blocks of all pages and the Python blocks of each leave, relative to the folder in which they run
 RESULTS = ["my-cat", "my-face", "my-xl-cat", "my-dreamshaper-cat"]
-NAMES = "small-xl two-concepts resumed two-processes two-machines small apart merged too-early too-strong one-file"
+NAMES = "small-xl two-concepts resumed two-processes two-machines small apart merged too-early too-strong one-file "
+NAMES += "first repeated"
 RESULTS += [f"results/{name}" for name in NAMES.split()]
 PICTURES = ("pot.png", "cat_from_a_pot.png", "pot_with_another_top.png", "cat_from_the_hub.png")
 LEFT = {
@@ -151,6 +153,8 @@ def check_results(tmp_path, hub):
     for result in RESULTS:
         assert list((tmp_path / result).glob("*.safetensors")), result
     assert (tmp_path / "results" / "two-concepts" / "<new2>.safetensors").is_file()
+    first, repeated = (load_trained(tmp_path / "results" / name) for name in ("first", "repeated"))
+    assert same_bits(first, repeated)
     assert (tmp_path / "my-cat" / "before_after.png").is_file()
     assert "pytorch_custom_diffusion_weights.safetensors" in hub.files("tester/my-cat")
 

@@ -134,7 +134,7 @@ def test_long_captions_are_cut(long_captions):
     """One line says how many, and the run goes on: captions of 200 tokens are what captioning models write."""
     folder, said = long_captions
     lines = [line for line in said.splitlines() if "cut to" in line]
-    assert lines == ["3 captions are cut to the 77 tokens that the model reads"]
+    assert lines == ["3 prompts and captions are cut to the 77 tokens that the model reads"]
     assert f"{PROMPT!r}: 4 pictures (3 with captions), 2 class pictures (1 with captions)" in said
     assert all(value.isfinite().all() for value in load_trained(folder).values())
     assert len(settings_of(folder)["captions"]) == 3

@@ -142,6 +142,109 @@ def test_booleans(name):
     assert getattr(parse_args([*around, f"--{name}", "--seed=3"]), name) is True
 
 
+def test_validation_prompts(tmp_path, monkeypatch):
+    """Several, also from files as other systems and editors write them; each once, with single spaces."""
+    monkeypatch.chdir(tmp_path)
+    Path("p.TXT").write_bytes("\ufeffa <new1> cat\r\n\r\n# a dog\r\n  a pot, a cafe\u0301\t\r\n".encode())
+    Path("utf16.txt").write_bytes("a dog\r\n".encode("utf-16"))
+    given = ["--validation_prompt=a  zebra", "--validation_prompt", "p.TXT", "--validation_prompt=utf16.txt"]
+    args = parse_args([*NEEDED, *given, "--validation_prompt=a pot, a caf\u00e9"])
+    assert args.validation_prompt == ["a zebra", "a <new1> cat", "a pot, a caf\u00e9", "a dog"]
+    assert parse_args([*NEEDED, given[0]]).validation_prompt == ["a zebra"]
+
+
+def test_prompts_with_options(tmp_path, monkeypatch, capsys):
+    """kohya's trainer reads its prompts so: what it would take for options would be drawn here."""
+    (tmp_path / "p.txt").write_text("# two\na <new1> cat\na pot --n blurred --w 512 --d 1\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        parse_args([*NEEDED, "--validation_prompt=p.txt"])
+    assert end.value.code == 2 and "--validation_prompt: p.txt: --n means nothing" in capsys.readouterr().err
+
+
+# Flags in a file
+
+LINES = """\ufeff# a comment
+--pretrained_model_name_or_path=~/m
+--instance_data_dir "my cat" \\
+
+  --instance_prompt = a <new1> cat: "naïve", --, #1\t
+--class_prompt='a "cat"'
+--validation_prompt=@me = <new1>
+--validation_prompt a pot
+--hflip
+--noaug False
+--learning_rate 1e-3   \\
+--seed=1
+"""
+
+
+def test_flags_in_a_file(tmp_path, monkeypatch):
+    """As people edit them, with the ends of lines of any system; what comes later in the command line wins."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    given = ["--pretrained_model_name_or_path=~/m", "--instance_data_dir=my cat", "--hflip", "--noaug=False"]
+    given += ['--instance_prompt=a <new1> cat: "naïve", --, #1', '--class_prompt=a "cat"', "--learning_rate=1e-3"]
+    given += ["--validation_prompt=@me = <new1>", "--validation_prompt=a pot"]
+    for name, content in {
+        "flags.txt": LINES.encode(),
+        "my flags": LINES.replace("\n", "\r\n").encode(),
+        "utf16.txt": LINES[1:].encode("utf-16"),
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        assert parse_args([f"@{name}"]) == parse_args([*given, "--seed=1"]), name
+        assert parse_args([f"@~/{name}", "--seed=2"]) == parse_args([*given, "--seed=2"])
+        assert parse_args(["--seed=2", f"@{tmp_path / name}"]) == parse_args([*given, "--seed=1"])
+
+
+def test_values_that_begin_with_an_at_sign():
+    args = parse_args([*NEEDED, "--validation_prompt", "@me", "--class_prompt=@you"])
+    assert args.validation_prompt == ["@me"] and args.class_prompt == "@you"
+
+
+REFUSED_LINES = {  # content of a file: words of the error
+    "--seed=1\n--resolution=64 --hflip": ["line 2: several flags; write --flag=value"],
+    '--instance_prompt="a cat" --modifier_token="<new1>"': ["line 1: several flags"],
+    "\n# no\naccelerate launch train_custom_diffusion.py \\\n": ["line 3: no flag; write --flag=value"],
+    "--seed\n1": ["line 2: no flag"],
+    b"--output_dir=caf\xe9": ["UTF-8"],
+    None: ["No such file"],
+}
+
+
+@pytest.mark.parametrize("content", REFUSED_LINES)
+def test_lines_that_are_no_flags(content, tmp_path):
+    """One line, and no part of the file in it, which may be a secret."""
+    file = tmp_path / "flags.txt"
+    if content is not None:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(SystemExit) as end:
+        parse_args([*NEEDED, f"@{file}"])
+    assert str(end.value).startswith(f"error: @{file}") and "\n" not in str(end.value)
+    assert [words for words in REFUSED_LINES[content] if words not in str(end.value)] == []
+    assert "<new1>" not in str(end.value)
+
+
+ODD_VALUES = [" a  ", '"a"', "'", "''", "a \\", "= a", "-1", "@me", "a\u00a0", '"a\' "', "#1", "\\", '"a" \\']
+
+
+@pytest.mark.parametrize("value", ODD_VALUES)
+def test_values_survive_a_file(value, tmp_path):
+    """What a run writes to flags.txt is read as it was."""
+    from train_custom_diffusion import write_flag
+
+    file = tmp_path / "flags.txt"
+    file.write_text(f"{write_flag('--class_prompt', value)}\n{write_flag('--seed', 0)}\n", "utf-8")
+    args = parse_args([*NEEDED, f"@{file}"])
+    assert (args.class_prompt, args.seed) == (value, 0)
+
+
+def test_text_in_several_lines():
+    """As quotes in a shell or in Python make it: a line of a file, or a path, can't hold it."""
+    args = parse_args([*NEEDED, "--class_prompt=a\ncat\n", "--validation_prompt=a\r\n  pot"])
+    assert args.class_prompt == "a cat" and args.validation_prompt == ["a pot"]
+
+
 # Arguments that are wrong by themselves: exit status 2
 
 NAME = "--pretrained_model_name_or_path"
@@ -181,6 +284,7 @@ ARGUMENTS = {
     "no initializer": ({"initializer_token": ""}, ["--initializer_token", "is empty"]),
     "output folder of an unset variable": ({"output_dir": ""}, ["--output_dir", "is empty"]),
     "model of an unset variable": ({"pretrained_model_name_or_path": ""}, [NAME, "is empty"]),
+    "output folder of several lines": ({"output_dir": "a\nb"}, ["--output_dir", "line break"]),
     "variant of an unset variable": ({"variant": ""}, ["--variant", "is empty"]),
     "prompt that is no UTF-8": ({"instance_prompt": "a <new1> caf\udce9"}, ["--instance_prompt"]),
     "seed": ({"seed": 2**64}, ["--seed", "18446744073709551616"]),
@@ -355,6 +459,16 @@ def shared(*classes, folders=("class", "class")):
     return with_class(concepts([CONCEPT | {"class_prompt": name, "class_data_dir": path} for name, path in both]))
 
 
+def prompt_file(content):
+    """A case with a file of validation prompts."""
+
+    def make(folder, model):
+        (folder / "p.txt").write_bytes(content)
+        return {"validation_prompt": "p.txt"}
+
+    return make
+
+
 def class_among_pictures(folder, model):
     """A case in which a concept's class pictures are another one's instance pictures."""
     shutil.copytree(folder / "cat", folder / "dog")
@@ -377,6 +491,10 @@ DATA = {
     "picture not fetched": (picture("0.png", POINTER.encode()), ["cat/0.png", "git lfs pull"]),
     "dangling link": (link("nowhere.jpg"), ["cat/link.jpg"]),
     "caption not UTF-8": (picture("0.txt", b"caf\xe9"), ["cat/0.txt", "utf-8"]),
+    # files of validation prompts
+    "no file of prompts": (given(validation_prompt="none.txt"), ["none.txt", "No such file", "one prompt a line"]),
+    "no prompt in the file": (prompt_file(b" \r\n\n# cats\n"), ["p.txt: no prompt in it", "one prompt a line"]),
+    "prompts that are no text": (prompt_file(b"caf\xe9"), ["p.txt: 'utf-8'"]),
     # lists of concepts
     "no list file": (given(concepts_list="none.json"), ["--concepts_list", "none.json", "No such file"]),
     "folder as a list": (made("list.json/", concepts_list="list.json"), ["--concepts_list", "list.json"]),
@@ -589,6 +707,15 @@ MODEL = {
         ["--initializer_token", "wolpertinger"],
     ),
     "another tokenizer, gone": (given(tokenizer_name="gone"), ["--tokenizer_name gone"]),
+    # validation prompts
+    "token cut off in a validation prompt": (
+        given(validation_prompt=["a <new1> cat", "cat " * 80 + "<new1>"]),
+        ["--validation_prompt 'cat cat", "77 tokens"],
+    ),
+    "token in a validation prompt in other letters": (
+        given(validation_prompt="a <New1> cat"),
+        ["--validation_prompt 'a <New1> cat'", "<new1>", "capitals"],
+    ),
     # no Stable Diffusion
     "resolution": (given(resolution=100), ["--resolution", "100", "8", "104"]),
     "no such model": (given(pretrained_model_name_or_path="./gone"), [NAME, "./gone", "no such folder"]),

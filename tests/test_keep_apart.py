@@ -208,9 +208,9 @@ REFUSED = {
     "no word": ({"modifier_token": None}, "--keep_apart needs --modifier_token"),
     "queries": ({"freeze_model": "crossattn"}, "--keep_apart needs .*--freeze_model crossattn_kv"),
     "no file": ({"captions": "/nowhere/captions.txt"}, "no file /nowhere/captions.txt; "),
-    "empty file": ({"captions": "{folder}/empty.txt"}, "empty.txt: no caption in it; give a text file"),
+    "empty file": ({"captions": "{folder}/empty.txt"}, "empty.txt: no prompt in it; give a text file"),
     "no text": ({"captions": "{folder}/picture.txt"}, "picture.txt: .*; give a text file"),
-    "word alone": ({"captions": "{folder}/word.txt"}, "word.txt: no caption in it without <new1>"),
+    "word alone": ({"captions": "{folder}/word.txt"}, "word.txt: no prompt in it without <new1>"),
 }
 
 

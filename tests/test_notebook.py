@@ -23,7 +23,7 @@ FEWER = {
     "FIRST_STEPS = 250": "FIRST_STEPS = 2",
     "ALL_STEPS = 500": "ALL_STEPS = 4",
     "--num_class_images 200": "--num_class_images 5",
-    "--num_validation_images=4": "--num_validation_images=1",
+    "--num_validation_images=2": "--num_validation_images=1",
     "--train_batch_size=8": "--train_batch_size=1",
     "--lr_warmup_steps=20": "--lr_warmup_steps=0",
     "num_inference_steps=100": "num_inference_steps=2",
@@ -73,7 +73,7 @@ def test_settings_for_ones_own_pictures_fit():
     assert default.keys() == changed.keys() - {"CLASS_DIR"}
     exec(CODE["flags"], changed)
     args = parse_args([*changed["flags"], f"--max_train_steps={changed['ALL_STEPS']}"])
-    assert args.modifier_token in args.instance_prompt and args.modifier_token in args.validation_prompt
+    assert args.modifier_token in args.instance_prompt and args.modifier_token in args.validation_prompt[0]
 
 
 @pytest.fixture(scope="module")

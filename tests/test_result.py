@@ -4,6 +4,7 @@ The run proves that its files load. Other parts of diffusers take the weights, t
 made from pictures, for inpainting, offloaded and compiled.
 """
 
+import argparse
 import copy
 import importlib.util
 import json
@@ -113,7 +114,8 @@ def test_checkpoint_is_small(trained, sd1):
     assert size < 49408 * 32 * 4 / 3
 
 
-LABEL = 16  # pixels of the line of text above pictures of 64 pixels
+SIDE = 64  # pixels
+LABEL = 16  # pixels of a line of text above pictures of this side
 
 
 def validation_grids(folder):
@@ -122,45 +124,101 @@ def validation_grids(folder):
     return {int(re.fullmatch(r"step-(\d+)\.png", file.name)[1]): np.asarray(Image.open(file), int) for file in files}
 
 
+DRAWN = ["a <new1> cat in a bucket", "a cat in a bucket", "a pot"]  # given, without its word, given
+
+
+def rows_of(grid, side=SIDE):
+    """The rows of pictures, and the lines of text above each of them, of a sheet with a line of text above all."""
+    rows = [grid[top : top + LABEL + side] for top in range(LABEL, len(grid), LABEL + side)]
+    return np.stack(rows)[:, LABEL:], np.stack(rows)[:, :LABEL]
+
+
+def is_text(line):
+    """Whether it is dark on white."""
+    return line.min() < 50 and np.median(line) == 255
+
+
 def test_validation_pictures(trained):
-    """Before, at step 3 and at the end: a row of two pictures of 64 pixels each, below a line that says which step."""
+    """Before, at step 3 and at the end: a line with the step; below it for each prompt a line and two pictures."""
     grids = validation_grids(trained)
     assert list(grids) == [0, 3, 6]
-    assert all(grid.shape == (LABEL + 64, 128, 3) for grid in grids.values())
-    labels, pictures = ([grid[part] for grid in grids.values()] for part in (slice(LABEL), slice(LABEL, None)))
-    for parts in (labels, pictures):
+    assert all(grid.shape == (LABEL + 3 * (LABEL + SIDE), 2 * SIDE, 3) for grid in grids.values())
+    headings = [grid[:LABEL] for grid in grids.values()]
+    pictures, prompts = zip(*(rows_of(grid) for grid in grids.values()), strict=True)
+    assert all(map(is_text, [*headings, *prompts[0]]))
+    for parts in (headings, pictures):
         assert (parts[0] != parts[1]).any() and (parts[1] != parts[2]).any()
-    assert all(label.min() < 50 and np.median(label) == 255 for label in labels)  # dark on white
+    assert np.array_equal(prompts[0], prompts[1]) and np.array_equal(prompts[1], prompts[2])
+    for left, right in ((0, 1), (0, 2), (1, 2)):
+        assert (prompts[0][left] != prompts[0][right]).any()
+        assert (pictures[0][left] != pictures[0][right]).any()
+    said = (trained / "stdout.txt").read_text()
+    assert f"  Pictures every 3 steps, 2 each: {', '.join(map(repr, DRAWN))}\n" in said
 
 
 def test_sheets_that_compare_steps(trained):
-    """before_after.png: first and last grid below each other; steps.png: the first picture of each step."""
-    before, middle, after = validation_grids(trained).values()
-    assert (np.asarray(Image.open(trained / "before_after.png")) == np.concatenate([before, after])).all()
-    strip = np.concatenate([grid[:, :64] for grid in (before, middle, after)], 1)
-    assert (np.asarray(Image.open(trained / "steps.png")) == strip).all()
+    """before_after.png: all pictures of the first step beside those of the last; steps.png: the first of each step."""
+    before, middle, after = (rows_of(grid)[0] for grid in validation_grids(trained).values())
+    expected = {
+        "before_after": np.concatenate([before, after], 2),
+        "steps": np.concatenate([rows[:, :, :SIDE] for rows in (before, middle, after)], 2),
+    }
+    for name, rows in expected.items():
+        sheet = np.asarray(Image.open(trained / f"{name}.png"), int)
+        pictures, prompts = rows_of(sheet)
+        assert np.array_equal(pictures, rows), name
+        columns = np.split(sheet[:LABEL], len(sheet[0]) // (2 * SIDE if name == "before_after" else SIDE), 1)
+        assert all(map(is_text, [*columns, *prompts])), name
+
+
+def test_sheets_of_other_prompts(tmp_path):
+    """An earlier run may have left them in the folder: they are not taken for this run's."""
+    import train_custom_diffusion as trainer
+
+    values = {"output_dir": tmp_path, "validation_prompt": ["a <new1> cat", "a dog"], "modifier_token": "<new1>"}
+    args = argparse.Namespace(**values, num_validation_images=2, resolution=SIDE)
+    colors = {"a <new1> cat": ["red", "blue"], "a cat": ["green", "white"], "a dog": ["black", "gray"]}
+    rows = {prompt: [Image.new("RGB", (SIDE, SIDE), name) for name in names] for prompt, names in colors.items()}
+    trainer.write_sheet(args, rows, 3)
+    found = trainer.read_sheet(args, 3)
+    for prompt, images in rows.items():
+        assert [image.tobytes() for image in found.pop(prompt)] == [image.tobytes() for image in images]
+    assert found == {}
+    assert trainer.read_sheet(args, 4) is None
+    for name, value in {
+        "validation_prompt": ["a <new1> cat", "a fox"],
+        "num_validation_images": 1,
+        "resolution": 128,
+        "modifier_token": "<new2>",
+    }.items():
+        assert trainer.read_sheet(argparse.Namespace(**vars(args) | {name: value}), 3) is None, name
 
 
 def test_first_validation_shows_the_base_model(trained, sd1):
-    """Made here with diffusers alone: the word's row is the initializer's, DPM-Solver++ takes 25 steps."""
+    """Made here with diffusers alone: the word's row is the initializer's, DPM-Solver++ takes 25 steps.
+
+    Every prompt starts from the same noise.
+    """
     pipeline = fresh_pipeline(sd1)
     row = pipeline.tokenizer.convert_tokens_to_ids(RARE + "</w>")
     table = pipeline.text_encoder.get_input_embeddings().weight.data
     table[row] = table[42170]
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
-    prompt, generator = f"a {RARE} cat in a bucket", torch.Generator().manual_seed(42)
-    pictures = pipeline(
-        prompt, num_images_per_prompt=2, num_inference_steps=25, height=64, width=64, generator=generator
-    ).images
-    expected = np.concatenate([np.asarray(picture, int) for picture in pictures], 1)
-    assert np.abs(validation_grids(trained)[0][LABEL:] - expected).max() <= 2
+    settings = {"num_images_per_prompt": 2, "num_inference_steps": 25, "height": SIDE, "width": SIDE}
+    rows, _ = rows_of(validation_grids(trained)[0])
+    for row, prompt in zip(rows, DRAWN, strict=True):
+        generator = torch.Generator().manual_seed(42)
+        pictures = pipeline(prompt.replace("<new1>", RARE), generator=generator, **settings).images
+        expected = np.concatenate([np.asarray(picture, int) for picture in pictures], 1)
+        assert np.abs(row - expected).max() <= 2, prompt
 
 
 def test_final_pictures(trained):
-    """image_0.png, image_1.png: the same as the last validation, here from the files on disk."""
-    pictures = [np.asarray(Image.open(trained / f"image_{i}.png"), int) for i in range(2)]
-    assert np.abs(np.concatenate(pictures, 1) - validation_grids(trained)[6][LABEL:]).max() <= 2
-    assert not (trained / "image_2.png").exists()
+    """Two of each prompt that was given, in order: those of the last validation, here from the files on disk."""
+    pictures = [np.asarray(Image.open(trained / f"image_{i}.png"), int) for i in range(4)]
+    of_the_word, _, of_a_pot = rows_of(validation_grids(trained)[6])[0]
+    assert np.array_equal(np.concatenate(pictures, 1), np.concatenate([of_the_word, of_a_pot], 1))
+    assert not (trained / "image_4.png").exists()
 
 
 def test_secrets_are_in_no_file(trained):
@@ -234,7 +292,7 @@ def test_embedded_model(embedded):
 
 def test_embedded_model_changes_the_picture(embedded):
     """The picture before the first step against the final one."""
-    before = validation_grids(embedded)[0][-128:]
+    (before, _), _ = rows_of(validation_grids(embedded)[0], 128)
     after = np.asarray(Image.open(embedded / "image_0.png"), int)
     assert before.shape == after.shape == (128, 128, 3)
     assert np.abs(before - after).mean() > 2
@@ -306,12 +364,13 @@ def test_proof_that_fails(one_concept, tmp_path):
 def test_more_validations_than_files_may_be_open(one_concept, tmp_path):
     """Every sheet is shown that is asked for; the others stay closed."""
     folder = tmp_path / "run"
-    values = one_concept | {"validation_prompt": "a <new1> cat", "validation_steps": 1, "num_validation_images": 1}
+    values = one_concept | {"validation_prompt": "a cat", "validation_steps": 1, "num_validation_images": 1}
     said = finish(start(folder, observer=few_open_files, max_train_steps=45, **values), folder)
     assert "warning" not in said and len(list((folder / "validation").iterdir())) == 46
-    assert Image.open(folder / "steps.png").size == (8 * 64, 64 + 16)
-    first, last = (np.asarray(Image.open(folder / "validation" / f"step-{i:06d}.png")) for i in (0, 45))
-    assert np.array_equal(np.asarray(Image.open(folder / "before_after.png")), np.concatenate([first, last]))
+    assert Image.open(folder / "steps.png").size == (8 * SIDE, 2 * LABEL + SIDE)
+    grids = validation_grids(folder)
+    (found,), _ = rows_of(np.asarray(Image.open(folder / "before_after.png")))
+    assert np.array_equal(found, np.concatenate([rows_of(grids[step])[0][0] for step in (0, 45)], 1))
 
 
 MERGE_LINE = re.compile(r"^To keep what else .*: (python scripts/merge\.py .*)$", re.MULTILINE)

@@ -223,7 +223,10 @@ def test_same_bits_with_workers_validation_and_resuming(recorded, cached, tmp_pa
     assert same_bits(load_trained(folder), load_trained(recorded[0]))
     steps = sorted(int(file.stem.removeprefix("step-")) for file in (folder / "validation").iterdir())
     assert steps == [0, 3, 4, 6, 8]
-    assert Image.open(folder / "steps.png").size == (4 * 64, 64 + 16)  # 0, 3, 6, 8: from before the resuming, too
+    assert Image.open(folder / "steps.png").size == (
+        4 * 64,
+        16 + 2 * (16 + 64),
+    )  # 0, 3, 6, 8: from before the resuming, too
 
 
 def test_processes_share_the_work(recorded, cached, sd1, tmp_path):

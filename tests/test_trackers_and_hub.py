@@ -41,6 +41,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from wandb.proto.wandb_internal_pb2 import Record
 
+from train_custom_diffusion import parse_args
+
 # Trackers, read back from what the real ones write without a network
 
 
@@ -86,20 +88,26 @@ def check_scalars(loss, lr):
 
 
 def check_pictures(folder, pictures):
-    """Pictures of each step, from left to right, against the pixels below the label in output_dir/validation."""
-    assert sorted(pictures) == VALIDATED
-    for step, images in pictures.items():
-        expected = np.asarray(Image.open(folder / "validation" / f"step-{step:06d}.png"))[-64:]
-        assert np.array_equal(np.concatenate([np.asarray(image.convert("RGB")) for image in images], 1), expected)
+    """{name: {step: pictures from left to right}} against the rows of the sheets in output_dir/validation."""
+    tops = {"validation": 16 + 16, "validation_plain": 16 + 16 + 64 + 16}  # below lines of text
+    assert pictures.keys() == tops.keys()
+    for name, top in tops.items():
+        assert sorted(pictures[name]) == VALIDATED
+        for step, images in pictures[name].items():
+            sheet = np.asarray(Image.open(folder / "validation" / f"step-{step:06d}.png"))
+            found = np.concatenate([np.asarray(image.convert("RGB")) for image in images], 1)
+            assert np.array_equal(found, sheet[top : top + 64]), (name, step)
 
 
 def test_tensorboard(tracked, config):
     main, hparams = sorted((tracked / "logs").rglob("events.out.tfevents.*"), key=lambda file: len(file.parts))
     log = EventAccumulator(str(main), size_guidance={"scalars": 0, "images": 0}).Reload()
     check_scalars(*([(event.step, event.value) for event in log.Scalars(tag)] for tag in ("loss", "lr")))
-    events = log.Images("validation")
-    assert [event.step for event in events] == VALIDATED
-    check_pictures(tracked, {e.step: [Image.open(io.BytesIO(e.encoded_image_string))] for e in events})
+    pictures = {}
+    for name in log.Tags()["images"]:
+        events = log.Images(name)
+        pictures[name] = {e.step: [Image.open(io.BytesIO(e.encoded_image_string))] for e in events}
+    check_pictures(tracked, pictures)
     content = EventAccumulator(str(hparams)).Reload().PluginTagToContent("hparams")["_hparams_/session_start_info"]
     values = HParamsPluginData.FromString(content).session_start_info.hparams
     assert {name: getattr(value, value.WhichOneof("kind")) for name, value in values.items()} == config
@@ -134,8 +142,12 @@ def test_wandb(tracked, config):
     rows = [wandb_values(record.history.item) for record in records if record.WhichOneof("record_type") == "history"]
     assert [row["_step"] for row in rows] == [0, *STEPS]
     check_scalars(*([(row["_step"], row[tag]) for row in rows if tag in row] for tag in ("loss", "lr")))
-    files = {row["_step"]: row["validation.filenames"] for row in rows if "validation.filenames" in row}
-    check_pictures(tracked, {step: [Image.open(folder / "files" / name) for name in files[step]] for step in files})
+    pictures = {}
+    for row in rows:
+        for key in [key for key in row if key.endswith(".filenames")]:
+            images = [Image.open(folder / "files" / name) for name in row[key]]
+            pictures.setdefault(key.removesuffix(".filenames"), {})[row["_step"]] = images
+    check_pictures(tracked, pictures)
 
 
 def scalars_of(folder):
@@ -155,7 +167,11 @@ def test_trackers_of_a_resumed_run(one_concept, tmp_path):
     if not COMET_OFFLINE:
         values["report_to"] = "tensorboard"
     fork(folder, max_train_steps=3, **values)
-    fork(folder, max_train_steps=5, resume_from_checkpoint="latest", **values)
+    words = [f"@{folder / 'flags.txt'}"]  # which it writes anew
+    values = {name: values[name] for name in ("env", "report_to")}
+    fork(folder, before=words, max_train_steps=5, resume_from_checkpoint="latest", **values)
+    written = (folder / "flags.txt").read_text()
+    assert "\n--max_train_steps=5\n" in written and "resume" not in written
     assert scalars_of(folder) == [[1, 2, 3, 4, 5]] * 2
     if COMET_OFFLINE:
         names = {
@@ -163,7 +179,7 @@ def test_trackers_of_a_resumed_run(one_concept, tmp_path):
         }
         record = json.loads((folder / "checkpoint-4" / "checkpoint.json").read_text())
         assert names == {record["wandb_id"]} and len(list(folder.glob("wandb/offline-run-*"))) == 2
-    fork(folder, max_train_steps=2, **values | {"report_to": "tensorboard"})
+    fork(folder, max_train_steps=2, **one_concept | values | {"report_to": "tensorboard"})
     assert scalars_of(folder) == [[1, 2]] * 2
 
 
@@ -193,14 +209,20 @@ def test_no_tracker_is_told_a_secret(tracked):
             assert [name for name, content in contents.items() if secret.encode() in content] == []
 
 
-def test_logged_configuration_repeats_the_run(tracked, config, tmp_path):
-    """As flags it gives the same bits again. Without a tracker there is nothing of one."""
+def test_flags_repeat_the_run(tracked, config, tmp_path):
+    """flags.txt gives the same bits and says what the trackers say. Without a tracker there is nothing of one."""
     assert config["mixed_precision"] == "bf16" and "hub_token" not in config and None not in config.values()
     values = {name: value for name, value in config.items() if name not in NO_FLAGS}
     assert len(values) == len(config) - len(NO_FLAGS)
-    values |= {"output_dir": tmp_path / "run", "report_to": "none"}
+    repeated = vars(parse_args([f"@{tracked}/flags.txt"]))
+    assert repeated.pop("validation_prompt") == [values.pop("validation_prompt")]
+    assert {name: value for name, value in repeated.items() if value is not None} == values
+    written = (tracked / "flags.txt").read_text()
+    for name in ("accelerate", "diffusers", "torch", "transformers"):
+        assert f"{name} {config[f'{name}_version']}" in written
     # in a working folder where trackers might leave something, too
-    fork(tmp_path / "run", processes=config["num_processes"], cwd=tmp_path, **values)
+    words = {"before": [f"@{tracked}/flags.txt"], "report_to": "none", "cwd": tmp_path}
+    fork(tmp_path / "run", processes=config["num_processes"], **words)
     assert same_bits(load_trained(tmp_path / "run"), load_trained(tracked))
     assert {path.name for path in tmp_path.iterdir()} == {"run", "run.log0", "run.log1"}
     left = {path.name for path in tracked.iterdir()} - {path.name for path in (tmp_path / "run").iterdir()}
@@ -237,6 +259,7 @@ USER = Path(__file__).with_name("use_from_hub.py")
 BASE, REPOSITORY = "tester/tiny-sd", "tester/my-cat"
 PROMPT = """a "<new1>" cat: 'naïve' #1 \N{CAT FACE} {x}"""
 INSTANCE_PROMPT = """- "photo": a <new1> cat's \N{CAT FACE} #1"""
+OTHER_PROMPT = "a dog"
 RESULT = {f"{name}.{ending}" for name in (WEIGHTS, "<new1>") for ending in ("safetensors", "bin")}
 
 
@@ -256,7 +279,7 @@ def pushed(sd1, one_concept, tmp_path_factory):
             process = run(HF, "upload", repository, files, env=hub.environment(HF_TOKEN=SECRET))
             assert process.returncode == 0, process.stderr
         values = {"pretrained_model_name_or_path": BASE, "revision": "main"}
-        values |= {"instance_prompt": INSTANCE_PROMPT, "validation_prompt": PROMPT}
+        values |= {"instance_prompt": INSTANCE_PROMPT, "validation_prompt": [PROMPT, OTHER_PROMPT]}
         train(
             out,
             env=hub.environment(),
@@ -281,7 +304,7 @@ def test_uploads_the_result_alone(pushed):
     hub, out = pushed
     files = hub.files(REPOSITORY)
     assert files.pop("notes.md") == b"of an earlier run"  # what was in the repository stays
-    pictures = {"image_0.png", "image_1.png", "before_after.png", "steps.png"}
+    pictures = {*(f"image_{i}.png" for i in range(4)), "before_after.png", "steps.png"}
     assert files.keys() == RESULT | {"README.md"} | pictures
     assert all(content == (out / name).read_bytes() for name, content in files.items())
     assert hub.writers == {SECRET} and not any(SECRET.encode() in content for content in files.values())
@@ -295,9 +318,11 @@ def test_model_card(pushed):
     assert metadata["license"] == "openrail++" and metadata["base_model"] == BASE, "as the base model's own card says"
     assert metadata["instance_prompt"] == INSTANCE_PROMPT
     assert set(metadata["tags"]) == {"text-to-image", "diffusers", "stable-diffusion", "custom-diffusion"}
-    names = ["image_0.png", "image_1.png"]
-    assert metadata["widget"] == [{"text": PROMPT, "output": {"url": name}} for name in names]
-    assert f"`{PROMPT}`:\n\n![](./image_0.png) ![](./image_1.png)" in text
+    shown = [(PROMPT, "image_0.png"), (PROMPT, "image_1.png"), (OTHER_PROMPT, "image_2.png")]
+    shown.append((OTHER_PROMPT, "image_3.png"))
+    assert metadata["widget"] == [{"text": prompt, "output": {"url": name}} for prompt, name in shown]
+    assert f"`{PROMPT}`:\n\n![](./image_0.png) ![](./image_1.png)\n" in text
+    assert f"`{OTHER_PROMPT}`:\n\n![](./image_2.png) ![](./image_3.png)\n" in text
     assert f"`{BASE}`, trained on pictures of `{INSTANCE_PROMPT}`." in text
 
 
