@@ -2996,6 +2996,14 @@ def check_first_batch(args, accelerator, model, pipeline, noise_scheduler, datas
             raise RuntimeError(f"torch {torch.__version__} makes gradients of zero")
 
 
+def is_flat(losses):
+    """Whether in the last fifth of at least ten losses, these fell by less than FLAT of their whole fall."""
+    earlier = losses[: len(losses) * 4 // 5]
+    # Means of five, as a single one differs too much from the next.
+    now, before = sum(losses[-5:]) / 5, sum(earlier[-5:]) / 5
+    return len(losses) >= 10 and before - now <= FLAT * (losses[0] - now)
+
+
 @torch.no_grad()
 def has_learned(args, accelerator, model, pipeline, noise_scheduler, dataset, checkpoints, step):
     """With --stop_when_learned, whether the loss on fixed draws has stopped falling.
@@ -3014,10 +3022,8 @@ def has_learned(args, accelerator, model, pipeline, noise_scheduler, dataset, ch
     losses.append(broadcast(loss / batches).item())  # All processes have to stop after the same step.
     with reporting(accelerator):
         accelerator.log({"loss on fixed draws": losses[-1]}, step=step)
-    earlier = losses[: len(losses) * 4 // 5]
-    # Means of five, as a single one differs too much from the next.
-    now, before = sum(losses[-5:]) / 5, sum(earlier[-5:]) / 5
-    if len(earlier) < 8 or before - now > FLAT * (losses[0] - now):
+    # Twice in a row, as chance makes a falling loss look flat at times.
+    if not (is_flat(losses) and is_flat(losses[:-1])):
         return False
     if accelerator.is_main_process:
         tqdm.write(
