@@ -48,6 +48,7 @@ SWAPS = {
     "checkpointing_steps=20": "checkpointing_steps=1",
     "choosing/checkpoint-20": "choosing/checkpoint-1",
     "choosing/checkpoint-80": "choosing/checkpoint-1",
+    "choosing/checkpoint-240": "choosing/checkpoint-2",
     "real_reg/samples_cat --num_class_images 200": "real_reg/samples_cat --num_class_images 200 "
     "--source dataset --dataset assets/regularization/cat",
 }

@@ -387,7 +387,7 @@ def test_refusals_of_files(cat, given, tmp_path):
     assert "empty: no pictures in it; give its folder inner" in told
     (tmp_path / "empty" / "0.png").write_bytes(b"no picture")
     assert "0.png: " in refusal(cat, **values | {"instance_data_dir": tmp_path / "empty"})
-    assert "no such folder" in refusal(cat, **values | {"instance_data_dir": tmp_path / "none"}).lower()
+    assert "No such file" in refusal(cat, **values | {"instance_data_dir": tmp_path / "none"})
     (tmp_path / "prompts.txt").write_text("a {} here\na cat there\n")
     assert "no {} in 'a cat there'" in refusal(cat, **values | {"prompts": tmp_path / "prompts.txt"})
     (tmp_path / "prompts.txt").write_text("\n")
