@@ -238,10 +238,14 @@ def find_sources(name):
     except Problem:
         print(f"{name}: no finished result in it, so its checkpoints are compared")
         return found
-    final = read_result(name).weights
-    last = read_result(found[-1][1]).weights
+    final = read_result(name)
+    last = read_result(found[-1][1])
+    if final.settings and final.settings != last.settings:
+        print(f"Leaving out the checkpoints in {name}: an earlier run with other settings has left them")
+        return [(math.inf, name)]
     step = math.inf
-    if all(torch.equal(value, last[key]) for key, value in final.items()):
+    is_alike = final.weights.keys() == last.weights.keys()
+    if is_alike and all(torch.equal(value, last.weights[key]) for key, value in final.weights.items()):
         step = found.pop()[0]  # The last checkpoint is the result.
     return [*found, (step, name)]
 
@@ -307,14 +311,15 @@ def read_prompts(args):
     if not args.prompts and not args.protocol:
         args.prompts = PROMPTS
         return
-    file = Path(args.prompts or find_protocol(args))
-    with failing_as(f"--prompts {file}", "give a text file in UTF-8, one prompt a line", file):
+    file = find_protocol(args) if args.protocol else Path(args.prompts)
+    subject = f"--protocol: {file}" if args.protocol else f"--prompts {file}"
+    with failing_as(subject, "give a text file in UTF-8, one prompt a line", file):
         lines = file.read_text("utf-8-sig").splitlines()
     args.prompts = [line.strip() for line in lines if line.strip()]
     wrong = [prompt for prompt in args.prompts if "{}" not in prompt]
     if wrong or not args.prompts:
         problem = f"no {{}} in {wrong[0]!r}" if wrong else "no prompt in it"
-        fail(f"--prompts {file}", f'{problem}; write {{}} where "<new1> cat" is to stand')
+        fail(subject, f'{problem}; write {{}} where "<new1> cat" is to stand')
 
 
 def find_protocol(args):

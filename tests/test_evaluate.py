@@ -297,6 +297,8 @@ def test_runs_in_one_folder(cat, given, tmp_path):
         (folder / "checkpoint.json").write_text(json.dumps(record))
     assert script.find_sources(str(cat / "checkpoint-2")) == [(2, str(cat / "checkpoint-2"))]
     assert script.find_sources(str(run)) == [(1, str(run / "checkpoint-1")), (math.inf, str(run))]
+    set_record(run, settings_of(run) | {"seed": 7})
+    assert script.find_sources(str(run)) == [(math.inf, str(run))]
     for file in [*run.glob("*.safetensors"), *run.glob("*.bin")]:
         file.unlink()
     found, said = evaluate(run, output_dir=tmp_path / "drawn", no_metrics=True, **given)
