@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -m and -P lea
 import original_layout
 from results import (
     EXPORTED,
-    PACKAGES_REMEDY,
     ZERO_SNR,
     Parser,
     add_word,
@@ -30,7 +29,7 @@ from results import (
     find_file,
     find_folder,
     find_weights,
-    load_one_file,
+    load_base,
     one_line_errors,
     plain_name,
     read_base,
@@ -344,29 +343,6 @@ def load_merged(args, subject, result, base):
             for (tokenizer, text_encoder), row in zip(parts, rows.values(), strict=True):
                 add_word(tokenizer, text_encoder, word, row, subject)
     return pipeline
-
-
-def load_base(args, subject, base):
-    """Returns the base model's pipeline in float32."""
-    with failing_as("packages", PACKAGES_REMEDY):
-        import diffusers
-        import transformers
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-    if base.file:
-        return load_one_file(base, subject)
-    name = args.pretrained_model_name_or_path
-    options = {"revision": args.revision, "variant": args.variant, "use_safetensors": True}
-    # What a picture does not need is kept if it is there. A hub's cache has only what was once asked for.
-    optional = ("safety_checker", "feature_extractor")
-    wanted = [f"{part}/*.{ending}" for part in optional for ending in ("json", "safetensors")]
-    folder = find_folder(name, subject, wanted, args.revision)
-    options |= {part: None for part in optional if not (folder / part).is_dir()}
-    remedy = "give a complete model in .safetensors, and --variant fp16 if its files are named so"
-    with failing_as(subject, remedy, Path(name)):
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(name, **options)
-    return pipeline.to(torch.float32)
 
 
 def set_schedule(pipeline, wanted):

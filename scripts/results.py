@@ -1,4 +1,4 @@
-"""What merge.py and export.py share: arguments, one-line errors, results, the base model's weights.
+"""What merge.py, export.py and evaluate.py share: arguments, one-line errors, results, the base model's weights.
 
 Torch is imported inside the functions that need it: it takes seconds, and a command answers --help
 and wrong arguments before that.
@@ -724,6 +724,31 @@ def load_one_file(base, subject, **parts):
         options |= {"safety_checker": None, "feature_extractor": None}  # A folder for offline use may lack them.
     with failing_as(subject, "give a complete Stable Diffusion 1.x, 2.x or XL", base.file):
         return kind.from_single_file(str(base.file), **options, **parts)
+
+
+def load_base(args, subject, base):
+    """Returns the base model's pipeline in float32."""
+    import torch
+
+    with failing_as("packages", PACKAGES_REMEDY):
+        import diffusers
+        import transformers
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    if base.file:
+        return load_one_file(base, subject)
+    name = args.pretrained_model_name_or_path
+    options = {"revision": args.revision, "variant": args.variant, "use_safetensors": True}
+    # What a picture does not need is kept if it is there. A hub's cache has only what was once asked for.
+    optional = ("safety_checker", "feature_extractor")
+    wanted = [f"{part}/*.{ending}" for part in optional for ending in ("json", "safetensors")]
+    folder = find_folder(name, subject, wanted, args.revision)
+    options |= {part: None for part in optional if not (folder / part).is_dir()}
+    remedy = "give a complete model in .safetensors, and --variant fp16 if its files are named so"
+    with failing_as(subject, remedy, Path(name)):
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(name, **options)
+    return pipeline.to(torch.float32)
 
 
 def digest(tensors):

@@ -224,3 +224,38 @@ def ssd(tmp_path_factory):
 def sdxl_end(tmp_path_factory):
     """The same with the true end token, at which it pools."""
     return make_xl(tmp_path_factory.mktemp("models") / "sdxl_end", eos_token_id=49407)
+
+
+# Models that judge pictures
+
+
+def make_clip(folder):
+    """Saves a CLIP of random weights, with CLIP's own tokenizer."""
+    import torch
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+    torch.manual_seed(0)
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 32, "intermediate_size": 64}
+    text = layers | {"vocab_size": 49408, "eos_token_id": 49407}
+    vision = layers | {"image_size": 64, "patch_size": 16}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)).save_pretrained(folder)
+    CLIPTokenizer.from_pretrained(EMBEDDED / "tokenizer").save_pretrained(folder)
+    return folder
+
+
+def make_dino(folder):
+    """Saves a vision transformer of random weights without a pooling layer, as DINO is."""
+    import torch
+    from transformers import ViTConfig, ViTModel
+
+    torch.manual_seed(0)
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 32, "intermediate_size": 64}
+    ViTModel(ViTConfig(image_size=56, patch_size=8, **layers), add_pooling_layer=False).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def judges(tmp_path_factory):
+    """Flags with a CLIP and a DINO of random weights."""
+    folder = tmp_path_factory.mktemp("judges")
+    return {"clip_model": make_clip(folder / "clip"), "dino_model": make_dino(folder / "dino")}

@@ -19,6 +19,7 @@ MODEL = ROOT / "assets" / "model"
 ALONE = ("benchmarks/gpu.py", "benchmarks/sdxl_memory.py", "benchmarks/step.py")  # tests of their own run these
 LIBRARIES = ("tools/measure.py", "tools/world.py")  # these are no commands
 COMMANDS = {  # file: (flags of its smallest form, what it prints)
+    "benchmarks/choosing.py": (["--quick"], r"^\| rank correlation with colour \| \| \| -?[01]\.\d\d \|"),
     "benchmarks/concept_learning.py": (["--quick", "--runs", "cat kept apart"], r"^\| cat kept apart \| 0\.\d\d \|"),
     "benchmarks/inference.py": (["--size=tiny", "--rounds=1"], r"^loaded / merged: [\d.]+; .*: \d\.\de-0[5-9]$"),
     "benchmarks/memory.py": (["--size=tiny"], r"^\| end \| \d\.\d\d \| \d\.\d\d \| \d\.\d\d"),

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from hub import Hub
 from launching import ROOT, SECRET, free_port, run
+from models import make_clip, make_dino
 from original import write_original
 from PIL import Image
 from reading import load_trained, same_bits
@@ -42,16 +43,26 @@ SWAPS = {
     "resolution=512": "resolution=128",
     "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",  # of random weights
     "resolution=1024": "resolution=64",
+    # small judges, rough pictures
+    "--output_dir=my-cat/evaluation": "--output_dir=my-cat/evaluation --clip_model=clip --dino_model=dino "
+    "--num_images=1 --num_inference_steps=2",
+    "--no_metrics": "--no_metrics --num_inference_steps=2",
+    "checkpointing_steps=20": "checkpointing_steps=1",
+    "choosing/checkpoint-20": "choosing/checkpoint-1",
+    "choosing/checkpoint-80": "choosing/checkpoint-1",
+    "choosing/checkpoint-240": "choosing/checkpoint-2",
     "real_reg/samples_cat --num_class_images 200": "real_reg/samples_cat --num_class_images 200 "
     "--source dataset --dataset assets/regularization/cat",
 }
 # what the bash blocks of all pages and the Python blocks of each leave, relative to the folder in which they run
 RESULTS = ["my-cat", "my-face", "my-xl-cat", "my-dreamshaper-cat"]
 NAMES = "small-xl two-concepts resumed two-processes two-machines small apart merged too-early too-strong one-file "
-NAMES += "first repeated"
+NAMES += "first repeated choosing choosing-apart two-words"
 RESULTS += [f"results/{name}" for name in NAMES.split()]
 PICTURES = ("pot.png", "cat_from_a_pot.png", "pot_with_another_top.png", "cat_from_the_hub.png")
+EVALUATION = ("table.md", "evaluation.json", "sheet.png")
 LEFT = {
+    "docs/choosing.md": [f"{run}/evaluation/{name}" for run in ("my-cat", "results/choosing") for name in EVALUATION],
     "docs/from-a-ui.md": [f"results/for-my-ui/{n}.safetensors" for n in ("my-cat", "dreamshaper-with-my-cat", "new1")],
     "README.md": ["cat.png", "results/python/<new1>.safetensors"],
     "docs/export.md": [
@@ -103,6 +114,8 @@ def make_clone(folder, sdxl):
     for name in names:
         (folder / name).symlink_to(ROOT / name)
     (folder / "sdxl").symlink_to(sdxl)
+    make_clip(folder / "clip")
+    make_dino(folder / "dino")
     (folder / "results").mkdir()
     (folder / "models").mkdir()
     for name in ("model.safetensors", "models/dreamshaper_8.safetensors"):
@@ -143,7 +156,8 @@ def test_blocks(tmp_path, hub, sdxl):
                 run_block(tmp_path, hub, programs, "python", "\n".join(blocks(page, "python")))
             for name in LEFT.get(page, []):
                 assert (tmp_path / name).is_file(), name
-                assert not name.endswith(".png") or Image.open(tmp_path / name).size == (128, 128), name
+                is_picture = name.endswith(".png") and not name.endswith("sheet.png")
+                assert not is_picture or Image.open(tmp_path / name).size == (128, 128), name
 
 
 def check_results(tmp_path, hub):
@@ -217,7 +231,9 @@ def test_flags_and_defaults():
             assert shown[name].replace("none", "") == words.get(value, value), name
 
 
-@pytest.mark.parametrize("name", ["train_custom_diffusion.py", "retrieve.py", "scripts/merge.py"])
+@pytest.mark.parametrize(
+    "name", ["train_custom_diffusion.py", "retrieve.py", "scripts/merge.py", "scripts/evaluate.py"]
+)
 def test_help_shows_defaults_where_there_are_any(name):
     shown = re.findall(r"\(default:\s+([^)]+)\)", run(sys.executable, ROOT / name, "--help").stdout)
     assert len(shown) >= 5 and not {"None", "[]", "==SUPPRESS=="} & set(shown)
