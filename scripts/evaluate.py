@@ -655,8 +655,9 @@ def draw_rows(rows, args):
             ]
             pictures[label] = squares
         table = draw_table(pictures, headings=())
-        below = label_height(CELL)  # the line of headings, which are drawn in several lines here
-        halves.append((draw_texts(texts), table.crop((0, below, *table.size))))
+        # Without its line for headings, which are drawn in several lines here.
+        table = table.crop((0, label_height(CELL), *table.size))
+        halves.append((draw_texts(texts), table))
     width = table.width + 16
     height = max(head.height for head, _ in halves)
     sheet = Image.new("RGB", (2 * width - 16, height + table.height), "white")
