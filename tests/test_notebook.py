@@ -29,7 +29,8 @@ FEWER = {
     "num_inference_steps=100": "num_inference_steps=2",
 }
 WORRIES = re.compile(r"warn|error|traceback|deprecat|ignored|fail", re.IGNORECASE)
-LABEL = 16  # pixels of the line of text above pictures of 128 pixels
+LABEL = 16  # pixels of a line of text above pictures of 128 pixels
+ROW = LABEL + 128  # the word's pictures have one, and those of the plain class
 NOT_PASSED = re.compile(r"The following values were not passed.*?`accelerate config`\.", re.DOTALL)  # the text says so
 
 
@@ -119,13 +120,13 @@ def test_shows_pictures(executed):
     assert {name: size for name, size in sizes.items() if size} == {
         "instance-pictures": [(750, 150)],
         "class-pictures": [(750, 150)],
-        "before-after": [(128, 2 * (128 + LABEL))],
-        "final-pictures": [(3 * 128, 128 + LABEL), (150, 150)],
+        "before-after": [(2 * 128, LABEL + 2 * ROW)],
+        "final-pictures": [(3 * 128, LABEL + 2 * ROW), (150, 150)],
         "inference": [(128, 128)],
         "prompts": [(600, 150)],
     }
-    before, after = np.split(np.asarray(pictures(outputs["before-after"])[0], int), 2)
-    assert abs(before - after)[LABEL:].max() > 4
+    before, after = np.split(np.asarray(pictures(outputs["before-after"])[0], int), 2, axis=1)
+    assert abs(before - after)[2 * LABEL : LABEL + ROW].max() > 4  # of the new word
     assert all(np.asarray(picture).std() > 10 for cell in outputs.values() for picture in pictures(cell))  # none blank
 
 
