@@ -112,12 +112,7 @@ def parse_args(input_args=None):
     add = parser.add_argument
     add("results", type=path, nargs="+", metavar="RESULT",
         help="output_dir with its checkpoints, one checkpoint, a merged result, or hub repository")
-    add("--pretrained_model_name_or_path", type=path, required=True,
-        help="base model of the results: a folder or hub id in diffusers format, or a .safetensors or .ckpt file")
-    add("--config_name_or_path", type=path,
-        help="folder or hub id in diffusers format with the configuration of a base model that is one file")
-    add("--revision", help="revision of the base model on the hub")
-    add("--variant", help="variant of the base model's weight files, such as fp16")
+    parser.add_base_model()
     add("--instance_data_dir", type=path, required=True, help="training's pictures of the concept")
     add("--modifier_token", help="new word that is judged, if the results have several")
     add("--class_prompt", help="the concept's class, if it is to differ from the training")

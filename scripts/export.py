@@ -53,12 +53,7 @@ def parse_args(input_args=None):
     # fmt: off
     add = parser.add_argument
     add("result", type=path, metavar="RESULT", help="output_dir of a run, a checkpoint folder, or a hub repository")
-    add("--pretrained_model_name_or_path", type=path, required=True,
-        help="base model of the result: a folder or hub id in diffusers format, or a .safetensors or .ckpt file")
-    add("--config_name_or_path", type=path,
-        help="folder or hub id in diffusers format with the configuration of a base model that is one file")
-    add("--revision", help="revision of the base model on the hub")
-    add("--variant", help="variant of the base model's weight files, such as fp16")
+    parser.add_base_model()
     add("--output", type=path, required=True, help="NAME.safetensors, or a new folder for --format model")
     add("--format", choices=("lora", "full", "model", "checkpoint"), default="lora",
         help='lora: for all tools; full: exact differences, LyCORIS "full"; model: merged, a folder; '

@@ -63,12 +63,7 @@ def parse_args(input_args=None):
     # fmt: off
     add = parser.add_argument
     add("results", type=path, nargs="+", metavar="RESULT", help="output_dir, checkpoint, or hub repository")
-    add("--pretrained_model_name_or_path", type=path, required=True,
-        help="base model of the results: a folder or hub id in diffusers format, or a .safetensors or .ckpt file")
-    add("--config_name_or_path", type=path,
-        help="folder or hub id in diffusers format with the configuration of a base model that is one file")
-    add("--revision", help="revision of the base model on the hub")
-    add("--variant", help="variant of the base model's weight files, such as fp16")
+    parser.add_base_model()
     add("--tokenizer_name", type=path, help="tokenizer instead of the model's, if the training had one")
     add("--output_dir", type=path, required=True, help="folder for the new result")
     add("--rename", nargs="+", default=[], metavar="RESULT:OLD=NEW", help="other words, if two results share one")

@@ -192,6 +192,17 @@ class Parser(argparse.ArgumentParser):
             options["help"] += " (default: %(default)s)"
         return super().add_argument(*names, **options)
 
+    def add_base_model(self):
+        """Adds the flags that name the base model, which `read_base` and `load_base` read."""
+        path = os.path.expanduser
+        kinds = "a folder or hub id in diffusers format, or a .safetensors or .ckpt file"
+        text = f"base model of the training: {kinds}"
+        self.add_argument("--pretrained_model_name_or_path", type=path, required=True, help=text)
+        text = "folder or hub id in diffusers format with the configuration of a base model that is one file"
+        self.add_argument("--config_name_or_path", type=path, help=text)
+        self.add_argument("--revision", help="revision of the base model on the hub")
+        self.add_argument("--variant", help="variant of the base model's weight files, such as fp16")
+
     def error(self, message):
         """Ends the run with exit status 2, without argparse's lines about usage."""
         self.exit(2, f"{self.prog}: error: {message}\n")
