@@ -153,14 +153,18 @@ def failing_as(subject, remedy, place=None):
         fail(subject, f"{shorten(error)}; {absent or remedy}")
 
 
+def warn(line):
+    """Prints a warning on a line of its own, even while a progress bar is shown."""
+    tqdm.write(f"warning: {line}", file=sys.stderr)
+
+
 @contextlib.contextmanager
 def leaving_out(what):
     """Makes a warning of whatever is raised here: the result is there, and only this is missing."""
     try:
         yield
     except Exception as error:
-        # Not into the progress bar
-        tqdm.write(f"warning: {what} left out: {shorten(error)}", file=sys.stderr)
+        warn(f"{what} left out: {shorten(error)}")
 
 
 def say(line):
@@ -1850,7 +1854,7 @@ def decode(pipeline, latents):
     decoded = torch.cat([vae.decode(part).sample for part in latents.split(1)])
     if not decoded.isfinite().all():
         problem = f"the model's numbers overflow in {vae.dtype}"
-        print(f"warning: pictures are black: {problem}; --mixed_precision bf16 or no may mend it", file=sys.stderr)
+        warn(f"pictures are black: {problem}; --mixed_precision bf16 or no may mend it")
         decoded = decoded.nan_to_num(-1)
     return pipeline.image_processor.postprocess(decoded)
 
@@ -2477,7 +2481,7 @@ class Checkpoints:
             (folder / CHECKPOINT_NAME).unlink(missing_ok=True)
             shutil.rmtree(folder)
         except OSError as error:
-            print(f"warning: {folder} could not be deleted ({error.strerror}); delete it later", file=sys.stderr)
+            warn(f"{folder} could not be deleted ({error.strerror}); delete it later")
 
     def free(self):
         """Makes room: after the last step neither gradients nor the optimizer's state are needed."""
@@ -2602,7 +2606,7 @@ def reporting(accelerator):
         yield
     except Exception as error:
         accelerator.trackers = []
-        print(f"warning: trackers left out from here: {shorten(error)}", file=sys.stderr)
+        warn(f"trackers left out from here: {shorten(error)}")
 
 
 def count_memory(accelerator, args, pipeline, trained):

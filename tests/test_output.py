@@ -1,7 +1,6 @@
 """What a run prints, and what becomes of it if nobody can read it: it is worth less than the training."""
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -65,7 +64,7 @@ def test_disk_of_the_trackers_fills(words, tmp_path):
         sys.executable, SCRIPT, *words(folder, max_train_steps=600, resolution=32),
     )  # fmt: skip
     assert process.returncode == 0, process.stderr[-3000:]
-    assert len(re.findall("^warning: trackers left out from here: ", process.stderr, re.MULTILINE)) == 1
+    assert process.stderr.count("warning: trackers left out from here: ") == 1  # amid what TensorBoard's thread prints
     assert "loads as trained (checked)" in process.stdout and load_trained(folder)
 
 
