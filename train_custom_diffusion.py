@@ -3020,7 +3020,8 @@ def has_learned(args, accelerator, model, pipeline, noise_scheduler, dataset, ch
     loss, batches = 0, 0
     # No run gets as far as these draws.
     for batch in fixed_batches(accelerator, dataset, args.train_batch_size, CURVE_SAMPLES, first=10**9):
-        loss = loss + diffusion_loss(model, pipeline.vae, noise_scheduler, batch, prior_loss_weight=0)
+        instances = {key: values[: len(batch["mask"])] for key, values in batch.items()}
+        loss = loss + diffusion_loss(model, pipeline.vae, noise_scheduler, instances, prior_loss_weight=0)
         batches += 1
     losses = checkpoints.fixed_losses
     losses.append(broadcast(loss / batches).item())  # All processes have to stop after the same step.

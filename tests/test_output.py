@@ -58,10 +58,10 @@ def test_disk_of_the_trackers_fills(words, tmp_path):
         pytest.skip("no user namespaces here, so no small file system")
     folder = tmp_path / "run"
     (folder / "logs").mkdir(parents=True)
-    commands = f'mount -t tmpfs -o size=32k tmpfs {folder}/logs && exec "$@"'
+    commands = f'mount -t tmpfs -o size=16k tmpfs {folder}/logs && exec "$@"'
     process = run(
         "unshare", "-Urm", "bash", "-c", commands, "bash",
-        sys.executable, SCRIPT, *words(folder, max_train_steps=600, resolution=32),
+        sys.executable, SCRIPT, *words(folder, max_train_steps=200, resolution=32),
     )  # fmt: skip
     assert process.returncode == 0, process.stderr[-3000:]
     assert process.stderr.count("warning: trackers left out from here: ") == 1  # amid what TensorBoard's thread prints
