@@ -2880,7 +2880,6 @@ def start_accelerator(args):
     accelerate.state.AcceleratorState._reset_state()
     torch.set_default_device(None)
     torch.set_default_dtype(torch.float32)
-    torch.set_grad_enabled(True)
     # Variables of a launcher that was not used, as containers with MPI have them, would start half a group.
     launch = ", ".join(f"{name}={os.environ[name]}" for name in LAUNCH_VARIABLES if name in os.environ)
     remedy = "run `accelerate config default`"
@@ -3204,7 +3203,8 @@ def main(args):
     Raises SystemExit with a line for what the user can mend, and with 128 + its number after a
     signal.
     """
-    with one_line_errors(args.output_dir):
+    # Which also switches gradients on, as a notebook may have switched them off.
+    with torch.inference_mode(False), one_line_errors(args.output_dir):
         train(find_base(args))
 
 

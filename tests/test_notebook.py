@@ -296,15 +296,18 @@ def test_settings_of_other_cells(one_concept, tmp_path):
     """Torch's defaults, which a notebook may have changed to draw pictures, do not reach the training."""
     values = FAST | one_concept | {"max_train_steps": 1}
     words = flags(**values | {"output_dir": tmp_path / "run"})
-    python(f"""
+    process = python(f"""
 import torch
 from train_custom_diffusion import main, parse_args
 
 torch.set_default_device("meta")
 torch.set_default_dtype(torch.float16)
 torch.set_grad_enabled(False)
-main(parse_args({words!r}))
+with torch.inference_mode():
+    main(parse_args({words!r}))
+print(torch.is_grad_enabled())
 """)
+    assert process.stdout.endswith("\nFalse\n")
     assert "checked" in finish(start(tmp_path / "plain", **values), tmp_path / "plain")
     assert same_bits(load_trained(tmp_path / "run"), load_trained(tmp_path / "plain"))
 
