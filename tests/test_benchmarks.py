@@ -21,6 +21,7 @@ LIBRARIES = ("tools/measure.py", "tools/world.py")  # these are no commands
 COMMANDS = {  # file: (flags of its smallest form, what it prints)
     "benchmarks/choosing.py": (["--quick"], r"^\| rank correlation with colour \| \| \| -?[01]\.\d\d \|"),
     "benchmarks/concept_learning.py": (["--quick", "--runs", "cat kept apart"], r"^\| cat kept apart \| 0\.\d\d \|"),
+    "benchmarks/folklore.py": (["--quick", "--rows", "min-SNR"], r"^\| min-SNR \| 0\.\d\d \|"),
     "benchmarks/inference.py": (["--size=tiny", "--rounds=1"], r"^loaded / merged: [\d.]+; .*: \d\.\de-0[5-9]$"),
     "benchmarks/memory.py": (["--size=tiny"], r"^\| end \| \d\.\d\d \| \d\.\d\d \| \d\.\d\d"),
     "benchmarks/one_file.py": (["--size=tiny"], r"^\| a file \| 0\.\d\d GB \| [\d.]+ s \|"),
