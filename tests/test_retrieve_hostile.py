@@ -956,7 +956,8 @@ def test_killed_at_every_operation(before, dataset, tmp_path):
             assert contents(folder) == expected and os.listdir(folder.parent) == ["cat"]
             shutil.rmtree(folder.parent)
         process.stdin.close()
-    assert operation > 20 and states[3] >= 1 and states["none"] >= (2 if before else 10)
+    # Two workers' operations differ in order from run to run, so chance says whether a kill comes after the last one.
+    assert operation > 20 and states["none"] >= (2 if before else 10)
     assert states[before] >= 10 or not before
 
 
