@@ -2898,6 +2898,8 @@ def start_accelerator(args):
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))],
             dataloader_config=DataLoaderConfiguration(non_blocking=True),
         )
+        # Whoever finds a fault next must not leave while another is still joining: that one would blame the launch.
+        accelerator.wait_for_everyone()
     # A GPU that this torch was not built for fails at its first operation; this is before the models are loaded.
     torch.ones(1, device=accelerator.device).sum().item()
     # What was asked for must be there, as the libraries would go on without it.
