@@ -302,12 +302,12 @@ def start(folder, *command):
         subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, stdout=log, stderr=log, check=True)
 
 
-def train(name, seed, flags):
-    """Trains, unless that was done; returns the folder of the result."""
+def train(name, seed, flags, script=("train_custom_diffusion.py",)):
+    """Trains by a script, given with its first words, unless that was done; returns the folder of the result."""
     folder = folder_of(name, seed, flags)
     if not (folder / f"{WEIGHTS_NAME}.safetensors").exists():
         output = [*MODEL, "--seed", seed, "--output_dir", folder, "--report_to", "none"]
-        start(folder, "train_custom_diffusion.py", *flags, *output)
+        start(folder, *script, *flags, *output)
     return folder
 
 
@@ -424,6 +424,11 @@ def span(values):
     return f"{values.mean():.2f}" + (f" ({values.min():.2f}-{values.max():.2f})" if len(values) > 1 else "")
 
 
+def share_as_before(colours, before):
+    """Share of pictures whose main colour is that of the picture from the same noise before the training."""
+    return np.mean([now == then for now, then in zip(colours, before, strict=True)])
+
+
 def table(header, rows):
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
@@ -466,7 +471,7 @@ def leakage_table(base, trained, concept):
     for label, results in [("before", [base]), *trained]:
         plain, red = zip(*(result["leakage"][concept] for result in results), strict=True)
         colours = [found["main colours"] for found in plain]
-        same = [np.mean([a == b for a, b in zip(found, before, strict=True)]) for found in colours]
+        same = [share_as_before(found, before) for found in colours]
         overlaps = [
             [span([found[name] for found in things]) for name in ("colour", "layout")] for things in (plain, red)
         ]

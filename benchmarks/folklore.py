@@ -16,23 +16,21 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 
 import concept_learning
-import numpy as np
 from concept_learning import (
     ENVIRONMENT,
     MODEL,
     QUICKSTART,
     ROOT,
-    WEIGHTS_NAME,
     folder_of,
     measures,
     set_up,
+    share_as_before,
     span,
     table,
 )
 
 sys.path.append(str(ROOT))
 FLAGS = [*QUICKSTART, "--cache_latents", "2", "--dataloader_num_workers", "0"]
-PLAIN = "nothing changed"
 
 
 # ---------- What is changed: functions that replace parts of the trainer ----------------------------------------
@@ -220,7 +218,7 @@ def cross_initialization(trainer):
 
 
 ROWS = {  # name: (flags, change)
-    PLAIN: ([], None),
+    "nothing changed": ([], None),
     "min-SNR": ([], min_snr),
     "noise offset": ([], noise_offset),
     "timesteps below 800": ([], early_timesteps),
@@ -254,24 +252,16 @@ def train_changed(name, flags):
     trainer.main(args)
 
 
-def train(name, seed, flags):
-    """Trains a row in a process of its own, unless that was done; returns the folder of the result."""
-    folder = folder_of(f"folklore {name}", seed, flags)
-    if not (folder / f"{WEIGHTS_NAME}.safetensors").exists():
-        output = ["--seed", str(seed), "--output_dir", str(folder), "--report_to", "none"]
-        concept_learning.start(folder, "benchmarks/folklore.py", "--train", name, "--", *flags, *output)
-    return folder
-
-
 def train_and_measure(name, seed, flags):
-    """Measures of a row's run."""
-    return measures(train(name, seed, flags), "final", ["cat"])
+    """Measures of a row's run, which trains in a process of its own."""
+    script = ("benchmarks/folklore.py", "--train", name, "--")
+    return measures(concept_learning.train(f"folklore {name}", seed, flags, script), "final", ["cat"])
 
 
 def row_of(name, found, before):
     """A row of the table: what was learned, and what was spoilt."""
     concepts, plain = zip(*((f["concepts"]["cat"]["cat"], f["leakage"]["cat"][0]) for f in found), strict=True)
-    same = [np.mean([a == b for a, b in zip(p["main colours"], before, strict=True)]) for p in plain]
+    same = [share_as_before(p["main colours"], before) for p in plain]
     cells = [span([c[measure] for c in concepts]) for measure in ("colour", "layout", "background")]
     cells += [span([p["colour"] for p in plain]), span(same)]
     controls = ("plain color", "pattern colors", "shape")

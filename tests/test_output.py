@@ -65,6 +65,7 @@ def test_disk_of_the_trackers_fills(words, tmp_path):
     )  # fmt: skip
     assert process.returncode == 0, process.stderr[-3000:]
     assert process.stderr.count("warning: trackers left out from here: ") == 1  # amid what TensorBoard's thread prints
+    assert "]warning" not in process.stderr, "in the progress bar's line"
     assert "loads as trained (checked)" in process.stdout and load_trained(folder)
 
 
