@@ -2470,6 +2470,10 @@ class Checkpoints:
                 file.replace(folder / file.name)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)  # it would fill a full disk
+        self.delete_oldest()
+
+    def delete_oldest(self):
+        """Deletes the oldest checkpoints beyond --checkpoints_total_limit."""
         if self.limit:
             for old in list(self.saved())[: -self.limit]:
                 self.delete(old)
@@ -2485,6 +2489,7 @@ class Checkpoints:
 
     def free(self):
         """Makes room: after the last step neither gradients nor the optimizer's state are needed."""
+        self.delete_oldest()  # A run that was killed before it did so may have had no step left.
         self.optimizer.zero_grad(set_to_none=True)
         self.optimizer.state.clear()
 

@@ -478,6 +478,14 @@ def test_killed_at_many_points(six_steps, undisturbed, tmp_path):
 
 
 @pytest.mark.slow
+def test_killed_before_the_oldest_is_deleted(six_steps, undisturbed, tmp_path):
+    """After the last checkpoint: the run that goes on writes none, and keeps no more than it was told to."""
+    folder = copy_run(undisturbed, tmp_path / "run", "checkpoint-2", "checkpoint-4", "checkpoint-6")
+    fork(folder, resume_from_checkpoint="latest", **six_steps)
+    assert checkpoints(folder) == ["checkpoint-4", "checkpoint-6"]
+
+
+@pytest.mark.slow
 def test_killed_while_the_result_is_written(six_steps, undisturbed, tmp_path):
     folder = tmp_path / "run"
     (child,) = start(folder, observer=slow_disk, **six_steps)
