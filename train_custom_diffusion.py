@@ -56,7 +56,7 @@ NEEDED = (
 )  # fmt: skip
 INSTALL = "run pip install -r requirements.txt, best in a new environment"
 # Weights of --keep_apart, against that of the captions, which is 1
-WORD_WEIGHT, CLASS_WEIGHT, RIDGE = 1, 4, 0.01
+WORD_WEIGHT, CLASS_WEIGHT, START_WEIGHT, RIDGE = 1, 16, 4, 0.01
 CURVE_STEPS, CURVE_SAMPLES = 10, 8  # of --stop_when_learned: every so many steps, on so many fixed draws
 FLAT = 0.01  # of the whole fall of their loss, in the last fifth of the steps
 PREDICTION_TIME = 0.6  # of the noise schedule, where noise and velocity are told apart
@@ -1706,7 +1706,7 @@ def invert_others(args, model, tokenizers, concepts, templates, starts):
     for name in class_names(concepts, words):
         prompts = [template.format(name) for template in templates]
         others += CLASS_WEIGHT * gram(model, tokenizers, prompts)
-    others += CLASS_WEIGHT * starts.double().cpu()
+    others += START_WEIGHT * starts.double().cpu()
     if not others.isfinite().all():
         remedy = "take another base model, or give --mixed_precision no or bf16"
         fail("--keep_apart", f"the text features are not finite; {remedy}")

@@ -42,38 +42,35 @@ import measure
 import world
 from before_after import WEIGHTS_NAME, draw_prompts, draw_row, generate, load_concept, load_pipeline, load_word, stack
 
-# The flags of examples/quickstart.sh; paths are relative to the repository.
+# The flags of examples/quickstart.sh; paths are relative to the repository. Of a run without --keep_apart, the word
+# starts from one that describes the concept.
 MODEL = ["--pretrained_model_name_or_path", "assets/model"]
 CAT = ["--instance_data_dir", "assets/instance/cat", "--instance_prompt", "photo of a <new1> cat"]
-CAT += ["--modifier_token", "<new1>", "--initializer_token", "yellow"]
+CAT += ["--modifier_token", "<new1>"]
+YELLOW = ["--initializer_token", "yellow"]
 PRIOR = ["--with_prior_preservation", "--prior_loss_weight", "0.25", "--real_prior"]
 CAT_CLASS = ["--class_data_dir", "assets/regularization/cat", "--class_prompt", "cat"]
 SETTINGS = ["--resolution", "128", "--train_batch_size", "8", "--max_train_steps", "500", "--noaug", "--hflip"]
 SETTINGS += ["--learning_rate", "2e-3", "--lr_scheduler", "cosine", "--lr_warmup_steps", "20"]
-QUICKSTART = [*MODEL, *CAT, *SETTINGS]
-WITH_PRIOR = [*MODEL, *CAT, *PRIOR, *CAT_CLASS, *SETTINGS]
+APART = ["--keep_apart", "--captions", "assets/captions.txt"]
+QUICKSTART = [*MODEL, *CAT, *SETTINGS, *APART]
+PLAIN = [*MODEL, *CAT, *YELLOW, *SETTINGS]
+WITH_PRIOR = [*MODEL, *CAT, *YELLOW, *PRIOR, *CAT_CLASS, *SETTINGS]
 POT = ["--instance_data_dir", "assets/instance/pot", "--instance_prompt", "photo of a <new2> pot"]
-POT += ["--modifier_token", "<new2>", "--initializer_token", "orange"]
+POT += ["--modifier_token", "<new2>"]
+ORANGE = ["--initializer_token", "orange"]
 BANDED = ["--instance_data_dir", "results/banded_cat", "--instance_prompt", "photo of a <new3> cat"]
-BANDED += ["--modifier_token", "<new3>", "--initializer_token", "blue"]
+BANDED += ["--modifier_token", "<new3>"]
+BLUE = ["--initializer_token", "blue"]
 BOTH = ["--concepts_list", "concept_list.json", "--modifier_token", "<new1>+<new2>"]
 BOTH += ["--initializer_token", "yellow+orange"]
 POT_CLASS = ["--class_data_dir", "assets/regularization/pot", "--class_prompt", "pot"]
-APART = ["--keep_apart", "--captions", "assets/captions.txt"]
-SECOND = "<new9>"  # second word of a concept that has two
-
-
-def two_words(word, start, kind):
-    """Flags of a concept with two words; the second one starts from "red"."""
-    flags = ["--modifier_token", f"{word}+{SECOND}", "--initializer_token", f"{start}+red"]
-    return [*flags, "--instance_prompt", f"photo of a {word} {SECOND} {kind}"]
-
 
 RUNS = {  # name: (concepts, flags of a training or results that are merged)
     "with prior": (["cat"], WITH_PRIOR),
-    "without prior": (["cat"], QUICKSTART),
-    "pot without prior": (["pot"], [*MODEL, *POT, *SETTINGS]),
-    "banded cat without prior": (["banded cat"], [*MODEL, *BANDED, *SETTINGS]),
+    "without prior": (["cat"], PLAIN),
+    "pot without prior": (["pot"], [*MODEL, *POT, *ORANGE, *SETTINGS]),
+    "banded cat without prior": (["banded cat"], [*MODEL, *BANDED, *BLUE, *SETTINGS]),
     "cat and pot": (["cat", "pot"], [*MODEL, *BOTH, *PRIOR, *SETTINGS, "--max_train_steps", "800"]),
     "cat kept apart": (["cat"], ["without prior"]),
     "with prior, kept apart": (["cat"], ["with prior"]),
@@ -84,12 +81,13 @@ RUNS = {  # name: (concepts, flags of a training or results that are merged)
         ["cat", "pot", "banded cat"],
         ["without prior", "pot without prior", "banded cat without prior"],
     ),
-    "pot with prior": (["pot"], [*MODEL, *POT, *PRIOR, *POT_CLASS, *SETTINGS]),
-    "apart": (["cat"], [*QUICKSTART, *APART]),
+    "pot with prior": (["pot"], [*MODEL, *POT, *ORANGE, *PRIOR, *POT_CLASS, *SETTINGS]),
+    "apart": (["cat"], QUICKSTART),
     "pot apart": (["pot"], [*MODEL, *POT, *SETTINGS, *APART]),
     "banded cat apart": (["banded cat"], [*MODEL, *BANDED, *SETTINGS, *APART]),
-    "apart, two words": (["cat"], [*QUICKSTART, *APART, *two_words("<new1>", "yellow", "cat")]),
-    "pot apart, two words": (["pot"], [*MODEL, *POT, *SETTINGS, *APART, *two_words("<new2>", "orange", "pot")]),
+    "apart, from yellow": (["cat"], [*QUICKSTART, *YELLOW]),
+    "pot apart, from orange": (["pot"], [*MODEL, *POT, *SETTINGS, *APART, *ORANGE]),
+    "pot apart, from pll": (["pot"], [*MODEL, *POT, *SETTINGS, *APART, "--initializer_token", "pll"]),
     "cat and pot, apart, joined": (["cat", "pot"], ["apart", "pot apart"]),
     "two cats, apart, joined": (["cat", "banded cat"], ["apart", "banded cat apart"]),
     "three, apart, joined": (["cat", "pot", "banded cat"], ["apart", "pot apart", "banded cat apart"]),
@@ -99,7 +97,7 @@ SHARED_BACKGROUND = "beach"
 SHARED_RUNS = {  # of --shared_background
     "without prior": RUNS["without prior"],
     **{
-        name: (["cat"], [*QUICKSTART, "--instance_data_dir", f"results/{folder}", *flags])
+        name: (["cat"], [*PLAIN, "--instance_data_dir", f"results/{folder}", *flags])
         for name, folder, flags in (
             ("five backgrounds, captions", "cat_with_captions", []),
             ("one background", "cat_at_the_beach", []),
@@ -226,12 +224,6 @@ def show(folder, name, images):
     sheet.save(folder / f"{name}.png")
 
 
-def words_of(folder, concept):
-    """The words of a concept in a result: one, or two with a space between them."""
-    second = [SECOND] if (folder / f"{SECOND}.safetensors").exists() else []
-    return " ".join([TOKENS[concept], *second])
-
-
 def judge_thing(pipeline, folder, prompts, concept, thing):
     """Draws a thing on the set's backgrounds for a concept and measures it against each concept."""
     pairs = concept_prompts(prompts, concept, thing)
@@ -245,7 +237,7 @@ def judge_pipeline(pipeline, folder, prompts, concepts):
     results = {"concepts": {}, "leakage": {}}
     for concept in concepts:
         kind = concept.split()[-1]
-        words = judge_thing(pipeline, folder, prompts, concept, f"{words_of(folder, concept)} {kind}")
+        words = judge_thing(pipeline, folder, prompts, concept, f"{TOKENS[concept]} {kind}")
         plain = [judge_thing(pipeline, folder, prompts, concept, thing)[concept] for thing in (kind, f"red {kind}")]
         results["concepts"][concept], results["leakage"][concept] = words, plain
     controls = world.eval_prompts(NUM_CONTROLS, SEEDS[prompts])
@@ -343,8 +335,7 @@ def measures(folder, prompts, concepts, limits=False):
         for concept in concepts:
             load_word(pipeline, folder / f"{TOKENS[concept].strip('<>')}.safetensors", TOKENS[concept])
     elif not limits:
-        words = " ".join(words_of(folder, concept) for concept in concepts)
-        load_concept(pipeline, folder, words.split())
+        load_concept(pipeline, folder, [TOKENS[concept] for concept in concepts])
     results = judge_pipeline(pipeline, folder, prompts, concepts)
     if limits:
         results["limits"] = judge_limits(pipeline, folder, prompts)

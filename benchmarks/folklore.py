@@ -19,7 +19,7 @@ import concept_learning
 from concept_learning import (
     ENVIRONMENT,
     MODEL,
-    QUICKSTART,
+    PLAIN,
     ROOT,
     folder_of,
     measures,
@@ -30,7 +30,7 @@ from concept_learning import (
 )
 
 sys.path.append(str(ROOT))
-FLAGS = [*QUICKSTART, "--cache_latents", "2", "--dataloader_num_workers", "0"]
+FLAGS = [*PLAIN, "--cache_latents", "2", "--dataloader_num_workers", "0"]
 
 
 # ---------- What is changed: functions that replace parts of the trainer ----------------------------------------

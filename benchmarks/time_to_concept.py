@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 from concept_learning import (
-    APART,
     ENVIRONMENT,
     MODEL,
     QUICKSTART,
@@ -69,9 +68,9 @@ def main():
     runs = {
         "exact": WITH_PRIOR,
         "cached": [*WITH_PRIOR, *cached],
-        "kept apart": [*QUICKSTART, *APART],
-        "kept apart, cached": [*QUICKSTART, *APART, *cached],
-        "kept apart, cached, stopped": [*QUICKSTART, *APART, *cached, "--stop_when_learned"],
+        "kept apart": QUICKSTART,
+        "kept apart, cached": [*QUICKSTART, *cached],
+        "kept apart, cached, stopped": [*QUICKSTART, *cached, "--stop_when_learned"],
     }
     runs = {name: (str(ROOT / "train_custom_diffusion.py"), [*flags, *args.flags]) for name, flags in runs.items()}
     if args.reference:

@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE=1
         train_custom_diffusion.py \
         --pretrained_model_name_or_path assets/model \
         --instance_data_dir assets/instance/cat --instance_prompt "photo of a <new1> cat" \
-        --modifier_token "<new1>" --initializer_token yellow \
+        --modifier_token "<new1>" \
         --keep_apart --captions assets/captions.txt \
         --resolution 128 --train_batch_size 8 --max_train_steps 500 --noaug --hflip \
         --learning_rate 2e-3 --lr_scheduler cosine --lr_warmup_steps 20 \

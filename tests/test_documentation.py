@@ -282,7 +282,7 @@ def test_named_tests_exist():
 def test_benchmark_uses_the_quickstarts_settings():
     script = (ROOT / "examples" / "quickstart.sh").read_text("utf-8")
     tree = ast.parse((ROOT / "benchmarks" / "concept_learning.py").read_text("utf-8"))
-    names = ("MODEL", "CAT", "SETTINGS")
+    names = ("MODEL", "CAT", "SETTINGS", "APART")
     used = [node for node in ast.walk(tree) if isinstance(node, ast.Assign | ast.AugAssign)]
     used = [node for node in used if getattr(getattr(node, "target", None) or node.targets[0], "id", "") in names]
     words = [word.value for node in used for word in ast.walk(node) if isinstance(word, ast.Constant)]

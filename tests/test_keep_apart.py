@@ -59,7 +59,7 @@ def products_of_others(pipeline, captions, starts, classes):
     rest = np.concatenate([text_features(pipeline, caption) for caption in captions])
     products = mean_product(rest) + 0.01 * np.square(rest).mean() * np.eye(rest.shape[1])
     for name in classes:
-        products += 4 * mean_product(all_features(pipeline, [name]))
+        products += 16 * mean_product(all_features(pipeline, [name]))
     for word in starts:
         products += 4 * mean_product(all_features(pipeline, [word], word))
     return products
