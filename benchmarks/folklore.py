@@ -3,11 +3,11 @@
 
     python benchmarks/folklore.py [--seeds 0 1 2] [--quick] [--rows "min-SNR" "noise offset"]
 
-Each row trains the small model's cat with the flags of the quickstart, without class pictures and with cached latents,
-and changes one thing. The trainer has none of these changes: here they replace its functions, in a process of their
-own. Pictures are judged as benchmarks/concept_learning.py does, on its final prompts. Values are those that the sources
-recommend; none was chosen here. Everything lies in results/concept_learning; an interrupted run goes on where it
-stopped.
+Each row trains the small model's cat with the settings of the quickstart, but with cached latents and neither
+--keep_apart nor class pictures, and changes one thing. The trainer has none of these changes: here they replace its
+functions, in a process of their own. Pictures are judged as benchmarks/concept_learning.py does, on its final prompts.
+Values are those that the sources recommend; none was chosen here. Everything lies in results/concept_learning; an
+interrupted run goes on where it stopped.
 """
 
 import argparse
