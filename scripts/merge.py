@@ -48,6 +48,10 @@ from results import (
 PADDING = 10
 CAPTIONS = Path(__file__).with_name("captions.txt")
 TEMPLATES = Path(__file__).with_name("templates.txt")
+# What the concepts count, and their plain classes. The second pair is for results of --keep_apart: little of these
+# has to change, and much would for two words to be told apart exactly, as their features are nearly the same.
+WEIGHT, CLASS_WEIGHT = 10.0, 4.0
+APART_WEIGHT, APART_CLASS_WEIGHT = 0.3, 16.0
 # What a phrase does not end with: punctuation, and words that lead to what was cut off.
 CONNECTING = "a|an|and|at|behind|beside|by|for|from|in|is|my|near|next|of|on|or|the|to|under|with"
 DANGLING = re.compile(rf"(\s+({CONNECTING})|[\s,.;:])*$")
@@ -67,9 +71,12 @@ def parse_args(input_args=None):
     add("--tokenizer_name", type=path, help="tokenizer instead of the model's, if the training had one")
     add("--output_dir", type=path, required=True, help="folder for the new result")
     add("--rename", nargs="+", default=[], metavar="RESULT:OLD=NEW", help="other words, if two results share one")
-    add("--weight", type=positive, default=10.0,
-        help="of the concepts; higher keeps more of them and less of the rest")
-    add("--class_weight", type=not_negative, default=4.0, help="of the same prompts without the new word")
+    add("--weight", type=positive,
+        help="of the concepts; higher keeps more of them and less of the rest "
+        f"(default: {WEIGHT:g}, of results of --keep_apart {APART_WEIGHT:g})")
+    add("--class_weight", type=not_negative,
+        help="of the same prompts without the new word "
+        f"(default: {CLASS_WEIGHT:g}, of results of --keep_apart {APART_CLASS_WEIGHT:g})")
     add("--captions", type=path, default=CAPTIONS, help="file of captions that are to stay as they are, one a line")
     add("--concepts", nargs="+", default=[], metavar="PHRASE",
         help='each word with its class, "<new1> cat", if it is to differ from the training')
@@ -426,6 +433,18 @@ def find_clip_skip(inputs):
     return found.pop()
 
 
+def choose_weights(args, inputs):
+    """Returns (weight, class weight): those given, or those that suit the results; mixed ones count as plain ones."""
+    weight, class_weight = WEIGHT, CLASS_WEIGHT
+    if all(result.settings.get("keep_apart") for result in inputs):
+        weight, class_weight = APART_WEIGHT, APART_CLASS_WEIGHT
+    if args.weight is not None:
+        weight = args.weight
+    if args.class_weight is not None:
+        class_weight = args.class_weight
+    return weight, class_weight
+
+
 def subtract_base(args, inputs, subject):
     """Returns the base model, and the changes of its weights by each result.
 
@@ -496,7 +515,7 @@ def merge(args):
     if args.method == "paper":
         found = exact_filters(wanted, rest, args.ridge)
     else:
-        found = filters(wanted, classes, rest, args.weight, args.class_weight, args.ridge)
+        found = filters(wanted, classes, rest, *choose_weights(args, inputs), args.ridge)
     merged = {name: torch.zeros_like(value, dtype=torch.double) for name, value in base.weights.items()}
     for concept, matrix in zip(concepts, found, strict=True):
         for name, change in changes[concept.result.name].items():

@@ -155,18 +155,38 @@ def test_least_squares(joined, results, sd1, features):
     check_least_squares(load_weights(joined[0]), results, sd1, features, concepts, (5, 3, 1e-3))
 
 
-def test_trained_apart(results, sd1, features, tmp_path):
-    """Of a result of --keep_apart, the features of the word alone are to stay."""
-    cat = copy_result(results["cat"], tmp_path / "cat", keep_apart=True)
+APART_CASES = {  # what was trained with --keep_apart, flags, and the weights of concepts, classes and ridge
+    "one of two": (["cat"], {}, (10, 4, 1e-2)),
+    "all": (["cat", "pot"], {}, (0.3, 16, 1e-2)),
+    "all, with a weight": (["cat", "pot"], {"weight": 2}, (2, 16, 1e-2)),
+    "all, without classes": (["cat", "pot"], {"class_weight": 0}, (0.3, 0, 1e-2)),
+}
+
+
+@pytest.mark.parametrize("case", APART_CASES)
+def test_trained_apart(case, results, sd1, features, tmp_path):
+    """Of a result of --keep_apart, the features of the word alone are to stay; if all are such, they count less."""
+    apart, flags, weights = APART_CASES[case]
+    folders = dict(results)
+    for name in apart:
+        folders[name] = copy_result(results[name], tmp_path / name, keep_apart=True)
     (tmp_path / "captions.txt").write_text("\n".join(CAPTIONS))
-    options = {"rename": [f"{results['pot']}:<new1>=<new2>"], "captions": tmp_path / "captions.txt"}
-    merge(cat, results["pot"], model=sd1, output_dir=tmp_path / "run", **options)
-    (whole, pot), tokenizer, word = parts_of(features, ["<new1> cat", "<new2> pot"]), loaded_pipeline(sd1).tokenizer, []
+    options = {"rename": [f"{folders['pot']}:<new1>=<new2>"], "captions": tmp_path / "captions.txt"} | flags
+    merge(*folders.values(), model=sd1, output_dir=tmp_path / "run", **options)
+    things = {"cat": "<new1> cat", "pot": "<new2> pot"}
+    wanted = dict(zip(things, parts_of(features, things.values()), strict=True))
+    for name in apart:
+        wanted[name] = features_of_the_word(features, loaded_pipeline(sd1).tokenizer, things[name])
+    check_least_squares(load_weights(tmp_path / "run"), results, sd1, features, wanted.values(), weights)
+
+
+def features_of_the_word(features, tokenizer, thing):
+    """The text features of a phrase's first token in all templates: (templates, dim)."""
+    rows = []
     for template in TEMPLATES:
         position = len(tokenizer(template.partition("{}")[0]).input_ids) - 1
-        word.append(features([template.format("<new1> cat")])[position])
-    assert len(word) < len(whole)
-    check_least_squares(load_weights(tmp_path / "run"), results, sd1, features, [np.stack(word), pot], (10, 4, 1e-2))
+        rows.append(features([template.format(thing)])[position])
+    return np.stack(rows)
 
 
 def test_clip_skip(results, sd1, tmp_path):
