@@ -2408,7 +2408,7 @@ class Checkpoints:
             shutil.rmtree(leftover, ignore_errors=True)  # of a run that was killed
         for leftover in folder.glob("checkpoint-*"):
             with contextlib.suppress(OSError):
-                leftover.rmdir()  # an empty one, which NFS may have left
+                leftover.rmdir()  # an empty one, of a run that was killed
         with torch.device("meta"):  # without weights
             trial = UNet2DConditionModel.from_config(unet.config)
         with (
@@ -2479,13 +2479,22 @@ class Checkpoints:
                 self.delete(old)
 
     def delete(self, folder):
-        """Deletes a checkpoint, and says what a disk refuses, as NFS does while a file is read."""
+        """Deletes a checkpoint, and says what a disk refuses, as NFS does while a file is read.
+
+        To delete its files takes a while. They are moved before, so that a run that is killed meanwhile
+        leaves them where the next one clears them away.
+        """
+        remains = self.result.folder / ".unfinished-deletion"
         try:
+            remains.mkdir(exist_ok=True)
             # important: the record goes first.
-            (folder / CHECKPOINT_NAME).unlink(missing_ok=True)
-            shutil.rmtree(folder)
+            for file in sorted(folder.iterdir(), key=lambda file: file.name != CHECKPOINT_NAME):
+                file.replace(remains / file.name)
+            folder.rmdir()
+            shutil.rmtree(remains)
         except OSError as error:
-            warn(f"{folder} could not be deleted ({error.strerror}); delete it later")
+            left = folder if folder.exists() else remains
+            warn(f"{left} could not be deleted ({error.strerror}); delete it later")
 
     def free(self):
         """Makes room: after the last step neither gradients nor the optimizer's state are needed."""

@@ -398,6 +398,18 @@ def slow_disk(folder, rank):
     os.fsync, os.unlink = slow_fsync, slow_unlink
 
 
+def die_while_a_checkpoint_is_deleted(folder, rank):
+    """Ends the process instead of deleting a checkpoint's largest file."""
+    unlink = os.unlink
+
+    def die(file, **options):
+        if Path(os.fsdecode(file)).name == "training_state.pt":
+            os._exit(9)
+        unlink(file, **options)
+
+    os.unlink = die
+
+
 def die_while_a_picture_is_written(folder, rank):
     """Ends the process in the middle of the second picture that it writes."""
     save, saved = Image.Image.save, []

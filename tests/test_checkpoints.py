@@ -34,6 +34,7 @@ from launching import (
     wait_until,
 )
 from observers import (
+    die_while_a_checkpoint_is_deleted,
     die_while_a_picture_is_written,
     hang_in_a_step,
     no_folder_can_be_renamed,
@@ -483,6 +484,18 @@ def test_killed_before_the_oldest_is_deleted(six_steps, undisturbed, tmp_path):
     folder = copy_run(undisturbed, tmp_path / "run", "checkpoint-2", "checkpoint-4", "checkpoint-6")
     fork(folder, resume_from_checkpoint="latest", **six_steps)
     assert checkpoints(folder) == ["checkpoint-4", "checkpoint-6"]
+
+
+@pytest.mark.slow
+def test_killed_while_the_oldest_is_deleted(six_steps, undisturbed, tmp_path):
+    """What is left of it has no checkpoint's name, and the run that goes on clears it away."""
+    folder = tmp_path / "run"
+    finish(start(folder, observer=die_while_a_checkpoint_is_deleted, **six_steps), folder, status=9)
+    assert checkpoints(folder) == ["checkpoint-4", "checkpoint-6"]
+    check_complete(folder, undisturbed)
+    fork(folder, resume_from_checkpoint="latest", **six_steps)
+    assert checkpoints(folder) == ["checkpoint-4", "checkpoint-6"]
+    assert [file.name for file in folder.glob(".*")] == [".lock"]
 
 
 @pytest.mark.slow
