@@ -48,8 +48,8 @@ from results import (
 PADDING = 10
 CAPTIONS = Path(__file__).with_name("captions.txt")
 TEMPLATES = Path(__file__).with_name("templates.txt")
-# What the concepts count, and their plain classes. The second pair is for results of --keep_apart: little of these
-# has to change, and much would for two words to be told apart exactly, as their features are nearly the same.
+# What the concepts count, and their plain classes. The second pair is for results of --keep_apart: their words have
+# nearly the same features, and to give each exactly what was trained would change much.
 WEIGHT, CLASS_WEIGHT = 10.0, 4.0
 APART_WEIGHT, APART_CLASS_WEIGHT = 0.3, 16.0
 # What a phrase does not end with: punctuation, and words that lead to what was cut off.
@@ -73,10 +73,10 @@ def parse_args(input_args=None):
     add("--rename", nargs="+", default=[], metavar="RESULT:OLD=NEW", help="other words, if two results share one")
     add("--weight", type=positive,
         help="of the concepts; higher keeps more of them and less of the rest "
-        f"(default: {WEIGHT:g}, of results of --keep_apart {APART_WEIGHT:g})")
+        f"(default: {WEIGHT:g}, or {APART_WEIGHT:g} if all results are of --keep_apart)")
     add("--class_weight", type=not_negative,
         help="of the same prompts without the new word "
-        f"(default: {CLASS_WEIGHT:g}, of results of --keep_apart {APART_CLASS_WEIGHT:g})")
+        f"(default: {CLASS_WEIGHT:g}, or {APART_CLASS_WEIGHT:g} if all results are of --keep_apart)")
     add("--captions", type=path, default=CAPTIONS, help="file of captions that are to stay as they are, one a line")
     add("--concepts", nargs="+", default=[], metavar="PHRASE",
         help='each word with its class, "<new1> cat", if it is to differ from the training')

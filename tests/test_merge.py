@@ -176,7 +176,9 @@ def test_trained_apart(case, results, sd1, features, tmp_path):
     things = {"cat": "<new1> cat", "pot": "<new2> pot"}
     wanted = dict(zip(things, parts_of(features, things.values()), strict=True))
     for name in apart:
-        wanted[name] = features_of_the_word(features, loaded_pipeline(sd1).tokenizer, things[name])
+        word = features_of_the_word(features, loaded_pipeline(sd1).tokenizer, things[name])
+        assert len(word) < len(wanted[name])
+        wanted[name] = word
     check_least_squares(load_weights(tmp_path / "run"), results, sd1, features, wanted.values(), weights)
 
 
