@@ -1527,7 +1527,8 @@ def add_words(tokenizer, args):
     for word in words:
         lower = word.lower()  # as diffusers' loader of embeddings matches it
         if {word, f"{word}</w>", lower, f"{lower}</w>"} & vocabulary.keys():
-            fail(f"--modifier_token {word!r}", "already in the tokenizer's vocabulary; choose another, as '<new1>'")
+            other = f"<{word.strip('<>')}-2>"
+            fail(f"--modifier_token {word!r}", f"already in the tokenizer's vocabulary; choose another, as {other!r}")
         if f"{word}_1" in names or word.removesuffix("_1") in names - {word}:
             fail(f"--modifier_token {word!r}", "diffusers reads X_1 as the second vector of X; choose another word")
         # The word is matched as typed, capitals included.

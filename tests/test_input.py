@@ -19,6 +19,7 @@ import pytest
 from launching import ROOT, SCRIPT, SECRET, UNPRIVILEGED, flags, in_one_process, python, run
 from packaging.requirements import Requirement
 from pictures import make_picture
+from transformers import CLIPTokenizer
 
 from train_custom_diffusion import parse_args
 
@@ -580,6 +581,13 @@ def broken(change, **values):
     return make
 
 
+def with_word(model):
+    """Change: an earlier training has left its word."""
+    tokenizer = CLIPTokenizer.from_pretrained(model / "tokenizer")
+    tokenizer.add_tokens("<new1>")
+    tokenizer.save_pretrained(model / "tokenizer")
+
+
 def cut(name, length=1000):
     """Change: a file is only so long."""
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:length])
@@ -666,16 +674,17 @@ MODEL = {
     "unknown initializer": (given(initializer_token="wolpertinger"), ["--initializer_token", "wolpertinger", "'wol'"]),
     "token is a word": (
         given(modifier_token="cat", instance_prompt="a cat"),
-        ["--modifier_token", "'cat'", "vocabulary"],
+        ["--modifier_token", "'cat'", "vocabulary", "'<cat-2>'"],
     ),
     "token is a word in other letters": (
         given(modifier_token="Cat", instance_prompt="a Cat cat"),
-        ["--modifier_token", "'Cat'", "vocabulary"],
+        ["--modifier_token", "'Cat'", "vocabulary", "'<Cat-2>'"],
     ),
     "token is a piece in other letters": (
         given(modifier_token="KTN", instance_prompt="a KTN cat"),
         ["--modifier_token", "'KTN'", "vocabulary"],
     ),
+    "token is one of the model's own": (broken(with_word), ["--modifier_token '<new1>'", "vocabulary", "'<new1-2>'"]),
     "token in the prompt in other letters, too": (
         given(instance_prompt="a <new1> cat beside a <New1> pot"),
         ["instance_prompt", "<new1>", "capitals"],
