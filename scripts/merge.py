@@ -471,9 +471,10 @@ def record(inputs, concepts, base, names):
     settings = {"modifier_token": "+".join(words)}
     settings["concepts"] = [[concept.phrase] for concept in concepts]
     settings["base_model_fp16"] = base_digest(base, names)
-    flags = ("kept_apart", "keep_apart", "with_prior_preservation")
-    for flag in flags:
+    for flag in ("kept_apart", "with_prior_preservation"):
         settings[flag] = any(result.settings.get(flag, False) for result in inputs)
+    # Of a mixed result, all features of a concept have to count when it is joined again.
+    settings["keep_apart"] = all(result.settings.get("keep_apart", False) for result in inputs)
     for name in ("clip_skip", "prediction_type", "rescale_betas_zero_snr"):
         if name in inputs[0].settings:
             settings[name] = inputs[0].settings[name]

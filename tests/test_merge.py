@@ -180,6 +180,7 @@ def test_trained_apart(case, results, sd1, features, tmp_path):
         assert len(word) < len(wanted[name])
         wanted[name] = word
     check_least_squares(load_weights(tmp_path / "run"), results, sd1, features, wanted.values(), weights)
+    assert settings_of(tmp_path / "run")["keep_apart"] is (len(apart) == len(folders))
 
 
 def features_of_the_word(features, tokenizer, thing):
