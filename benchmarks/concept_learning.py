@@ -62,8 +62,9 @@ ORANGE = ["--initializer_token", "orange"]
 BANDED = ["--instance_data_dir", "results/banded_cat", "--instance_prompt", "photo of a <new3> cat"]
 BANDED += ["--modifier_token", "<new3>"]
 BLUE = ["--initializer_token", "blue"]
-BOTH = ["--concepts_list", "concept_list.json", "--modifier_token", "<new1>+<new2>"]
-BOTH += ["--initializer_token", "yellow+orange"]
+BOTH = ["--concepts_list", "concept_list.json", "--modifier_token", "<new1>+<new2>", "--max_train_steps", "800"]
+TWO_CATS = ["--concepts_list", "results/two_cats.json", "--modifier_token", "<new1>+<new3>"]
+TWO_CATS += ["--max_train_steps", "800"]
 POT_CLASS = ["--class_data_dir", "assets/regularization/pot", "--class_prompt", "pot"]
 
 RUNS = {  # name: (concepts, flags of a training or results that are merged)
@@ -71,7 +72,8 @@ RUNS = {  # name: (concepts, flags of a training or results that are merged)
     "without prior": (["cat"], PLAIN),
     "pot without prior": (["pot"], [*MODEL, *POT, *ORANGE, *SETTINGS]),
     "banded cat without prior": (["banded cat"], [*MODEL, *BANDED, *BLUE, *SETTINGS]),
-    "cat and pot": (["cat", "pot"], [*MODEL, *BOTH, *PRIOR, *SETTINGS, "--max_train_steps", "800"]),
+    "cat and pot": (["cat", "pot"], [*MODEL, *PRIOR, *SETTINGS, *BOTH, "--initializer_token", "yellow+orange"]),
+    "two cats": (["cat", "banded cat"], [*MODEL, *SETTINGS, *TWO_CATS, "--initializer_token", "yellow+blue"]),
     "cat kept apart": (["cat"], ["without prior"]),
     "with prior, kept apart": (["cat"], ["with prior"]),
     "pot kept apart": (["pot"], ["pot without prior"]),
@@ -88,6 +90,8 @@ RUNS = {  # name: (concepts, flags of a training or results that are merged)
     "apart, from yellow": (["cat"], [*QUICKSTART, *YELLOW]),
     "pot apart, from orange": (["pot"], [*MODEL, *POT, *SETTINGS, *APART, *ORANGE]),
     "pot apart, from pll": (["pot"], [*MODEL, *POT, *SETTINGS, *APART, "--initializer_token", "pll"]),
+    "cat and pot, apart": (["cat", "pot"], [*MODEL, *SETTINGS, *APART, *BOTH]),
+    "two cats, apart": (["cat", "banded cat"], [*MODEL, *SETTINGS, *APART, *TWO_CATS]),
     "cat and pot, apart, joined": (["cat", "pot"], ["apart", "pot apart"]),
     "two cats, apart, joined": (["cat", "banded cat"], ["apart", "banded cat apart"]),
     "three, apart, joined": (["cat", "pot", "banded cat"], ["apart", "pot apart", "banded cat apart"]),
@@ -364,13 +368,18 @@ def background_measures(folder, prompts):
 
 
 def render_pictures():
-    """Renders the instance pictures that assets/instance lacks."""
+    """Renders the instance pictures that assets/instance lacks, and lists those of the two cats."""
     at_the_beach = [SHARED_BACKGROUND] * 5
     render_instances("banded_cat", "banded cat", INSTANCE_BACKGROUNDS["banded cat"])
     render_instances("cat_with_captions", "cat", INSTANCE_BACKGROUNDS["cat"], captions=True)
     render_instances("cat_at_the_beach", "cat", at_the_beach)
     render_instances("cat_at_the_beach_cut_out", "cat", at_the_beach, cut_out=True)
     render_instances("cat_at_the_beach_with_captions", "cat", at_the_beach, captions=True)
+    folders = {"<new1>": "assets/instance/cat", "<new3>": "results/banded_cat"}
+    cats = [
+        {"instance_prompt": f"photo of a {word} cat", "instance_data_dir": folder} for word, folder in folders.items()
+    ]
+    (ROOT / "results" / "two_cats.json").write_text(json.dumps(cats))
 
 
 def render_instances(name, concept, backgrounds, cut_out=False, captions=False):
