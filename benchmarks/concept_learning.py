@@ -375,10 +375,7 @@ def render_pictures():
     render_instances("cat_at_the_beach", "cat", at_the_beach)
     render_instances("cat_at_the_beach_cut_out", "cat", at_the_beach, cut_out=True)
     render_instances("cat_at_the_beach_with_captions", "cat", at_the_beach, captions=True)
-    folders = {"<new1>": "assets/instance/cat", "<new3>": "results/banded_cat"}
-    cats = [
-        {"instance_prompt": f"photo of a {word} cat", "instance_data_dir": folder} for word, folder in folders.items()
-    ]
+    cats = [{"instance_data_dir": flags[1], "instance_prompt": flags[3]} for flags in (CAT, BANDED)]
     (ROOT / "results" / "two_cats.json").write_text(json.dumps(cats))
 
 
