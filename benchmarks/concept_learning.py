@@ -6,6 +6,7 @@
     python benchmarks/concept_learning.py --cache_latents 1 2 4
     python benchmarks/concept_learning.py --ranks 4 8 16 32
     python benchmarks/concept_learning.py --shared_background
+    python benchmarks/concept_learning.py --second
     python benchmarks/concept_learning.py --model assets/model-xl --runs "with prior" "without prior" "cat kept apart"
 
 Trains in processes of their own, as a user does, with the quickstart's flags (flags after `--` are added to them), once
@@ -14,9 +15,9 @@ which knows colours and places and has no learned part. There are disjoint sets 
 the instance pictures: settings were chosen on "tuning", the tables come from "final", and the prompts of "unlike" begin
 as none of merge.py's do. Before and after start from the same noise. --cache_latents compares the cat with prior
 preservation as it is with that on so many fixed augmentations of each picture, --ranks with that exported as LoRAs.
---shared_background compares what helps if all five pictures of the cat have the same background. --sheet also draws cat
-and pot alone, together and joined. Everything lies in results/concept_learning; an interrupted run goes on where it
-stopped.
+--shared_background compares what helps if all five pictures of the cat have the same background. --second trains pot
+and banded cat on the model that has learned the cat. --sheet also draws cat and pot alone, together and joined.
+Everything lies in results/concept_learning; an interrupted run goes on where it stopped.
 """
 
 import argparse
@@ -90,11 +91,24 @@ RUNS = {  # name: (concepts, flags of a training or results that are merged)
     "apart, from yellow": (["cat"], [*QUICKSTART, *YELLOW]),
     "pot apart, from orange": (["pot"], [*MODEL, *POT, *SETTINGS, *APART, *ORANGE]),
     "pot apart, from pll": (["pot"], [*MODEL, *POT, *SETTINGS, *APART, "--initializer_token", "pll"]),
+    "banded cat apart, from blue": (["banded cat"], [*MODEL, *BANDED, *SETTINGS, *APART, *BLUE]),
     "cat and pot, apart": (["cat", "pot"], [*MODEL, *SETTINGS, *APART, *BOTH]),
     "two cats, apart": (["cat", "banded cat"], [*MODEL, *SETTINGS, *APART, *TWO_CATS]),
     "cat and pot, apart, joined": (["cat", "pot"], ["apart", "pot apart"]),
     "two cats, apart, joined": (["cat", "banded cat"], ["apart", "banded cat apart"]),
     "three, apart, joined": (["cat", "pot", "banded cat"], ["apart", "pot apart", "banded cat apart"]),
+    "cat from yellow and pot, joined": (["cat", "pot"], ["apart, from yellow", "pot apart"]),
+    "cat from yellow and banded cat, joined": (["cat", "banded cat"], ["apart, from yellow", "banded cat apart"]),
+    "cat and banded cat from blue, joined": (["cat", "banded cat"], ["apart", "banded cat apart, from blue"]),
+    "three from different words, joined": (
+        ["cat", "pot", "banded cat"],
+        ["apart, from yellow", "pot apart", "banded cat apart, from blue"],
+    ),
+}
+
+SECOND_RUNS = {  # of --second
+    "pot after the cat": (["cat", "pot"], RUNS["pot apart"][1]),
+    "banded cat after the cat": (["cat", "banded cat"], RUNS["banded cat apart"][1]),
 }
 
 SHARED_BACKGROUND = "beach"
@@ -157,6 +171,7 @@ WORDS = {  # the concepts described to the untrained model; the best description
         "half blue half red cat",
     ],
 }
+TEMPLATES = ROOT / "scripts/templates.txt"
 CAPTIONS = ROOT / "assets/captions.txt"  # of the small world: the model knows few words of scripts/captions.txt
 ENVIRONMENT = {
     # glibc would return every large buffer to the system and ask for it again at the next step
@@ -179,6 +194,7 @@ def parse_args():
     parser.add_argument("--cache_latents", type=int, nargs="+", metavar="K", help="compare cached latents, no more")
     parser.add_argument("--ranks", type=int, nargs="+", metavar="R", help="compare exported LoRAs, no more")
     parser.add_argument("--shared_background", action="store_true", help="compare masks and captions, no more")
+    parser.add_argument("--second", action="store_true", help="train concepts on the cat's model, no more")
     parser.add_argument("--sheet", type=Path, metavar="PNG", help="draw cat and pot alone, together and joined there")
     parser.add_argument("--model", default=MODEL[1], help="another base model that draws the same world")
     parser.add_argument("flags", nargs="*", help="flags for the trainer, after --")
@@ -307,6 +323,18 @@ def train(name, seed, flags, script=("train_custom_diffusion.py",)):
     return folder
 
 
+def train_second(name, seed, flags, first):
+    """Trains on the model that has learned the cat, unless that was done; returns the folder of the result."""
+    folder = folder_of(name, seed, flags, first.name)
+    model, captions = folder / "model", folder / "captions.txt"
+    if not (folder / f"{WEIGHTS_NAME}.safetensors").exists():
+        captions.write_text(CAPTIONS.read_text() + TEMPLATES.read_text().replace("{}", "<new1> cat"))
+        start(folder, "scripts/export.py", first, *MODEL, "--format", "model", "--output", model)
+        own = ["--pretrained_model_name_or_path", model, "--captions", captions]
+        start(folder, "train_custom_diffusion.py", *flags, *own, "--seed", seed, "--output_dir", folder)
+    return folder
+
+
 def merge(name, seed, results, flags):
     """Merges results by scripts/merge.py, unless that was done; returns the folder of the new one."""
     captions = CAPTIONS.read_text()
@@ -333,13 +361,15 @@ def measures(folder, prompts, concepts, limits=False):
     file = folder / f"{prompts} {digest[:6]}.json"
     if file.exists():
         return json.loads(file.read_text())
-    pipeline = load_pipeline(ROOT / MODEL[1])
+    model = folder / "model"  # of a second concept
+    pipeline = load_pipeline(model if model.exists() else ROOT / MODEL[1])
     if (folder / "lora.safetensors").exists():
         pipeline.load_lora_weights(folder / "lora.safetensors")
         for concept in concepts:
             load_word(pipeline, folder / f"{TOKENS[concept].strip('<>')}.safetensors", TOKENS[concept])
     elif not limits:
-        load_concept(pipeline, folder, [TOKENS[concept] for concept in concepts])
+        words = [TOKENS[concept] for concept in concepts]
+        load_concept(pipeline, folder, [word for word in words if (folder / f"{word}.safetensors").exists()])
     results = judge_pipeline(pipeline, folder, prompts, concepts)
     if limits:
         results["limits"] = judge_limits(pipeline, folder, prompts)
@@ -519,6 +549,8 @@ def main():
         runs = {"with prior": RUNS["with prior"]}
     if args.shared_background:
         runs = SHARED_RUNS
+    if args.second:
+        runs = {"apart": RUNS["apart"]}
     for k in args.cache_latents or ():
         runs[f"{k} cached"] = (["cat"], [*WITH_PRIOR, "--cache_latents", str(k)])
     render_pictures()
@@ -542,6 +574,14 @@ def main():
             name, runs[f"rank {rank}"] = f"rank {rank}", runs["with prior"]
             for seed in args.seeds:
                 folders[name, seed] = export(name, seed, folders["with prior", seed], rank)
+        if args.second:
+            runs |= SECOND_RUNS
+            jobs = {}
+            for name, (_, flags) in SECOND_RUNS.items():
+                for seed in args.seeds:
+                    first = folders["apart", seed]
+                    jobs[name, seed] = pool.submit(train_second, name, seed, [*flags, *args.flags], first)
+            folders |= {key: job.result() for key, job in jobs.items()}
         jobs = [(n, pool.submit(measures, folders[n, s], prompts, runs[n][0])) for s in args.seeds for n in runs]
         results = {name: [job.result() for other, job in jobs if other == name] for name in runs}
         base = base.result()
@@ -556,7 +596,8 @@ def main():
         found = [(name, judged) for name, judged in results.items() if concept in runs[name][0]]
         if found:
             parts += [concept_table(base, found, concept), leakage_table(base, found, concept)]
-    name = f"{prompts} {'cached' if args.cache_latents else 'ranks' if args.ranks else 'runs'}"
+    kinds = {"cached": args.cache_latents, "ranks": args.ranks, "second": args.second, "runs": True}
+    name = f"{prompts} {next(kind for kind, is_given in kinds.items() if is_given)}"
     name += f" {Path(args.model).name}" if args.model != "assets/model" else ""
     report("\n\n".join(parts), name)
 

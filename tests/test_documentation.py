@@ -57,7 +57,7 @@ SWAPS = {
 # what the bash blocks of all pages and the Python blocks of each leave, relative to the folder in which they run
 RESULTS = ["my-cat", "my-face", "my-xl-cat", "my-dreamshaper-cat"]
 NAMES = "small-xl two-concepts resumed two-processes two-machines small apart merged too-early too-strong one-file "
-NAMES += "first repeated choosing choosing-apart"
+NAMES += "first repeated choosing choosing-apart second"
 RESULTS += [f"results/{name}" for name in NAMES.split()]
 PICTURES = ("pot.png", "cat_from_a_pot.png", "pot_with_another_top.png", "cat_from_the_hub.png")
 EVALUATION = ("table.md", "evaluation.json", "sheet.png")
