@@ -354,6 +354,11 @@ def export(name, seed, result, rank):
     return folder
 
 
+def words_of(folder):
+    """The new words that a result has learned."""
+    return [token for token in TOKENS.values() if (folder / f"{token}.safetensors").exists()]
+
+
 def measures(folder, prompts, concepts, limits=False):
     """Draws and measures what a folder holds, unless that was done; with `limits` it is the base model."""
     settings = (BACKGROUNDS[prompts], OPENINGS[prompts], SEEDS[prompts], WORDS, NUM_IMAGES, NUM_CONTROLS)
@@ -368,8 +373,7 @@ def measures(folder, prompts, concepts, limits=False):
         for concept in concepts:
             load_word(pipeline, folder / f"{TOKENS[concept].strip('<>')}.safetensors", TOKENS[concept])
     elif not limits:
-        words = [TOKENS[concept] for concept in concepts]
-        load_concept(pipeline, folder, [word for word in words if (folder / f"{word}.safetensors").exists()])
+        load_concept(pipeline, folder, words_of(folder))
     results = judge_pipeline(pipeline, folder, prompts, concepts)
     if limits:
         results["limits"] = judge_limits(pipeline, folder, prompts)
@@ -435,8 +439,7 @@ def draw_sheet(folders, file):
         images = []
         for concept, run in zip(prompts, runs, strict=True):
             pipeline, folder = load_pipeline(ROOT / MODEL[1]), folders[run]
-            words = [token for token in TOKENS.values() if (folder / f"{token}.safetensors").exists()]
-            load_concept(pipeline, folder, words)
+            load_concept(pipeline, folder, words_of(folder))
             images += generate(pipeline, prompts[concept], seed=0)
         sheet.append(draw_row(label, images))
     stack(sheet).save(file)
